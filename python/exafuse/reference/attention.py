@@ -1,0 +1,246 @@
+"""Scaled dot-product attention with flash-attn 2's names and meaning, in plain PyTorch.
+
+Masks are two bounds per query. With absolute positions p of keys and i of queries, a key is
+visible iff ``i - left <= p <= i + right`` (an open bound is -1; ``causal`` is right = 0) and p
+exists. Queries stand at the end of the keys (bottom-right): query j of ``seqlen_q`` has position
+``seqlen_k - seqlen_q + j``. A query that sees nothing gives 0 and a log-sum-exp of -inf.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from exafuse.reference._check import Shapes, check_float, check_heads, deliver
+from torch import Tensor
+
+QUERY_BLOCK = (
+    512  # scores are [heads, QUERY_BLOCK, keys] at a time, so memory grows linearly in keys
+)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_positions: Tensor,
+    k_positions: Tensor,
+    softmax_scale: float,
+    window_size: tuple[int, int],
+    poisoned: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one block of queries of a batch, fp32 inside.
+
+    Args:
+        q: ``[batch, seqlen_q, num_heads, head_dim]``.
+        k, v: ``[batch, seqlen_k, num_kv_heads, head_dim]``.
+        q_positions: ``[batch or 1, seqlen_q]``.
+        k_positions: ``[batch or 1, seqlen_k]``; negative = not a key.
+        softmax_scale: multiplies the scores.
+        window_size: ``(left, right)``, inclusive, -1 = open.
+        poisoned: keys that no query sees may hold NaN (cache slots never written).
+
+    Returns:
+        out like q, and lse fp32 ``[batch, num_heads, seqlen_q]``.
+    """
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[2]
+    group = num_heads // num_kv_heads
+    left, right = window_size
+    i, p = q_positions[:, :, None], k_positions[:, None, :]
+    visible = p >= 0
+    if left >= 0:
+        visible = visible & (p >= i - left)
+    if right >= 0:
+        visible = visible & (p <= i + right)
+    visible = visible.expand(-1, seqlen_q, -1)[:, None, None]  # [batch, 1, 1, seqlen_q, seqlen_k]
+    queries = q.unflatten(2, (num_kv_heads, group)).permute(0, 2, 3, 1, 4).float() * softmax_scale
+    scores = queries.flatten(2, 3) @ k.permute(0, 2, 3, 1).float()
+    scores = scores.unflatten(2, (group, seqlen_q)).masked_fill(~visible, float("-inf"))
+    lse = scores.logsumexp(dim=-1, keepdim=True)
+    # An empty row has lse -inf and only scores of -inf: subtracting 0 instead gives exp(-inf) = 0.
+    probabilities = (scores - lse.masked_fill(lse == float("-inf"), 0.0)).exp()
+    values = v.permute(0, 2, 1, 3).float()
+    if poisoned:
+        seen = visible.any(dim=3)[:, :, 0, :, None]
+        values = values.masked_fill(~seen, 0.0)  # 0 * NaN would leak out of a slot never written
+    out = (probabilities.flatten(2, 3) @ values).unflatten(2, (group, seqlen_q))
+    out = out.permute(0, 3, 1, 2, 4).reshape(batch, seqlen_q, num_heads, head_dim)
+    return out.to(q.dtype), lse.reshape(batch, num_heads, seqlen_q)
+
+
+def refuse(**unsupported: object) -> None:
+    """Raise for every flash-attn argument that is set but not implemented: none is ever
+    ignored."""
+    for name, value in unsupported.items():
+        if value is not None and value != 0.0 and value is not False:
+            raise ValueError(f"{name}: not implemented here, expected it to be left at its default")
+
+
+def scale_and_window(
+    head_dim: int, softmax_scale: float | None, causal: bool, window_size: tuple[int, int]
+) -> tuple[float, tuple[int, int]]:
+    """The default scale, and ``causal`` folded into the window's right bound."""
+    left, right = window_size
+    if left < -1 or right < -1:
+        raise ValueError(f"window_size: expected bounds >= -1 (-1 = open), got {window_size}")
+    if causal:
+        right = 0
+    return (head_dim**-0.5 if softmax_scale is None else softmax_scale), (left, right)
+
+
+def attend_all(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, window_size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Blocks of queries over the keys they can see; queries stand at the end of the keys.
+
+    Args:
+        q, k, v, softmax_scale, window_size: as in :func:`attend`, keys at positions 0, 1, 2, ...
+
+    Returns:
+        out like q, and lse fp32 ``[batch, num_heads, seqlen_q]``.
+    """
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    left, right = window_size
+    outs, lses = [], []
+    for start in range(0, max(seqlen_q, 1), QUERY_BLOCK):
+        block = q[:, start : start + QUERY_BLOCK]
+        first = seqlen_k - seqlen_q + start
+        end = first + block.shape[1]
+        high = seqlen_k if right < 0 else min(max(end + right, 0), seqlen_k)
+        low = 0 if left < 0 else min(max(first - left, 0), high)
+        i = torch.arange(first, end, device=q.device)[None]
+        p = torch.arange(low, high, device=q.device)[None]
+        out, lse = attend(block, k[:, low:high], v[:, low:high], i, p, softmax_scale, window_size)
+        outs.append(out)
+        lses.append(lse)
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    return torch.cat(outs, 1), torch.cat(lses, 2)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, *dims: str) -> Shapes:
+    """Match q ``[*dims[:half], num_heads, head_dim]`` and k, v ``[*dims[half:], num_kv_heads,
+    head_dim]``."""
+    check_float("q", q)
+    check_float("k", k, q.dtype)
+    check_float("v", v, q.dtype)
+    half = len(dims) // 2
+    shapes = Shapes()
+    shapes.match("q", q, *dims[:half], "num_heads", "head_dim")
+    shapes.match("k", k, *dims[half:], "num_kv_heads", "head_dim")
+    shapes.match("v", v, *dims[half:], "num_kv_heads", "head_dim")
+    check_heads(shapes.known["num_heads"], shapes.known["num_kv_heads"])
+    return shapes
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """Attention over equally long sequences.
+
+    Args:
+        q: ``[batch, seqlen_q, num_heads, head_dim]``.
+        k, v: ``[batch, seqlen_k, num_kv_heads, head_dim]``; num_heads is a multiple of
+            num_kv_heads and query head h reads kv head ``h // (num_heads // num_kv_heads)``.
+        dropout_p, softcap, alibi_slopes: not implemented, a ValueError unless left at the default.
+        softmax_scale: default ``head_dim ** -0.5``.
+        causal: the right bound of the window is 0, aligned bottom-right (torch's SDPA: top-left).
+        window_size: ``(left, right)``, inclusive of both ends and beside the query itself; -1 =
+            open. A model's ``sliding_window=W`` counts the query, it is ``(W - 1, 0)`` here.
+        deterministic: accepted; results never depend on it.
+        return_attn_probs: also return the log-sum-exp.
+        out, lse: optional result buffers.
+
+    Returns:
+        ``[batch, seqlen_q, num_heads, head_dim]``; with ``return_attn_probs`` the triple (out,
+        lse fp32 ``[batch, num_heads, seqlen_q]``, None). A row that sees no key is 0 with lse
+        -inf.
+    """
+    refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes)
+    shapes = check_qkv(q, k, v, "batch", "seqlen_q", "batch", "seqlen_k")
+    scale, window = scale_and_window(shapes.known["head_dim"], softmax_scale, causal, window_size)
+    result, lse_result = attend_all(q, k, v, scale, window)
+    result = deliver(result, out)
+    if not return_attn_probs and lse is None:
+        return result
+    lse_result = deliver(lse_result, lse, "lse")
+    return (result, lse_result, None) if return_attn_probs else result
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """Attention over packed sequences of different lengths.
+
+    Args:
+        q: ``[total_q, num_heads, head_dim]``.
+        k, v: ``[total_k, num_kv_heads, head_dim]``.
+        cu_seqlens_q, cu_seqlens_k: int32 ``[batch + 1]``, where each sequence starts; the last
+            entry is the total. Sequence b of q attends to sequence b of k only.
+        max_seqlen_q, max_seqlen_k: the longest of each.
+        block_table: paged keys belong to :func:`flash_attn_with_kvcache`; a ValueError here.
+        others: as in :func:`flash_attn_func`.
+
+    Returns:
+        ``[total_q, num_heads, head_dim]``; with ``return_attn_probs`` (out, lse fp32
+        ``[num_heads, total_q]``, None).
+    """
+    refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes)
+    if block_table is not None:
+        raise ValueError("block_table: paged keys are read by flash_attn_with_kvcache only")
+    shapes = check_qkv(q, k, v, "total_q", "total_k")
+    shapes.match("cu_seqlens_q", cu_seqlens_q, "batch + 1")
+    shapes.match("cu_seqlens_k", cu_seqlens_k, "batch + 1")
+    scale, window = scale_and_window(shapes.known["head_dim"], softmax_scale, causal, window_size)
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    check_offsets("cu_seqlens_q", starts_q, q.shape[0])
+    check_offsets("cu_seqlens_k", starts_k, k.shape[0])
+    outs, lses = [q[:0]], [q.new_zeros(q.shape[1], 0, dtype=torch.float32)]
+    for b in range(len(starts_q) - 1):
+        rows, cols = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
+        part, part_lse = attend_all(q[rows][None], k[cols][None], v[cols][None], scale, window)
+        outs.append(part[0])
+        lses.append(part_lse[0])
+    result = deliver(torch.cat(outs), out)
+    if not return_attn_probs and lse is None:
+        return result
+    lse_result = deliver(torch.cat(lses, 1), lse, "lse")
+    return (result, lse_result, None) if return_attn_probs else result
+
+
+def check_offsets(name: str, starts: list[int], total: int) -> None:
+    """Raise unless ``starts`` rises from 0 to ``total``."""
+    if starts[0] != 0 or starts[-1] != total or any(a > b for a, b in pairwise(starts)):
+        raise ValueError(f"{name}: expected offsets rising from 0 to {total}, got {starts[:8]}")

@@ -1,0 +1,236 @@
+"""Attention over a contiguous, ring or paged cache, in plain PyTorch.
+
+The cache is ``[rows, slots, num_kv_heads, head_dim]``. Absolute position p lives in slot p, or in
+slot ``p % slots`` of a ring. ``cache_seqlens`` counts tokens seen; query j of a row stands at
+position ``cache_seqlens - seqlen_q + j``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from exafuse.reference._check import Shapes, check_float, check_heads, deliver, needs_grad
+from exafuse.reference.attention import (
+    QUERY_BLOCK,
+    attend,
+    check_offsets,
+    refuse,
+    scale_and_window,
+)
+from exafuse.reference.qk_norm_rope import write_cache
+from torch import Tensor
+
+TILE = 128  # absolute key tiles of the kernels: a page or a ring holds a multiple of it
+
+
+@dataclass(frozen=True)
+class _CacheView:
+    """A cache, however it is laid out, read as keys with absolute positions."""
+
+    k_cache: Tensor
+    v_cache: Tensor
+    rows: Tensor | None  # cache_batch_idx
+    block_table: Tensor | None
+    lengths: Tensor  # [batch], tokens seen
+    leftpad: Tensor | None
+    ring: bool
+
+    def attend(
+        self, q: Tensor, batch: slice, softmax_scale: float, window_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of ``q [rows of batch, seqlen_q, num_heads, head_dim]``."""
+        lengths = self.lengths[batch]
+        k, v = self._gather(self.k_cache, batch), self._gather(self.v_cache, batch)
+        slots = k.shape[1]
+        # On the CPU the longest length is at hand; a GPU would have to be waited for, so
+        # all slots are read.
+        longest = slots if lengths.is_cuda else min(slots, int(lengths.max(initial=0)))
+        poisoned = lengths.is_cuda or bool((lengths < longest).any())
+        slot = torch.arange(longest, device=q.device)[None]
+        n = lengths[:, None].long()
+        # A ring's slot holds the newest position congruent to it; it is negative where
+        # none was written.
+        p = n - 1 - (n - 1 - slot) % slots if self.ring else torch.where(slot < n, slot, -1)
+        if self.leftpad is not None:
+            p = torch.where(p >= self.leftpad[batch, None], p, -1)
+        seqlen_q = q.shape[1]
+        i = n - seqlen_q + torch.arange(seqlen_q, device=q.device)[None]
+        blocks = []
+        for start in range(0, max(seqlen_q, 1), QUERY_BLOCK):
+            stop = start + QUERY_BLOCK
+            high = longest
+            if not (self.ring or window_size[1] < 0 or lengths.is_cuda):
+                high = max(
+                    0, min(longest, longest - seqlen_q + min(stop, seqlen_q) + window_size[1])
+                )
+            blocks.append(
+                attend(
+                    q[:, start:stop],
+                    k[:, :high],
+                    v[:, :high],
+                    i[:, start:stop],
+                    p[:, :high],
+                    softmax_scale,
+                    window_size,
+                    poisoned,
+                )
+            )
+        if len(blocks) == 1:
+            return blocks[0]
+        return torch.cat([b[0] for b in blocks], 1), torch.cat([b[1] for b in blocks], 2)
+
+    def _gather(self, cache: Tensor, batch: slice) -> Tensor:
+        if self.block_table is not None:
+            return cache[self.block_table[batch].long()].flatten(1, 2)
+        return cache[batch] if self.rows is None else cache[self.rows[batch].long()]
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: Tensor | int | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    ring: bool = False,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of new tokens over a cache that already holds (or is given here) their own keys.
+
+    Args:
+        q: ``[batch, seqlen_q, num_heads, head_dim]``, or packed ``[total_q, num_heads,
+            head_dim]`` with ``cu_seqlens_q``.
+        k_cache, v_cache: ``[rows, slots, num_kv_heads, head_dim]``, any strides with last 1. rows
+            is the batch, or the number of pages with ``block_table``.
+        k, v: ``[batch, seqlen_new, num_kv_heads, head_dim]`` to append first (mutates the cache).
+        rotary_cos, rotary_sin, softcap, alibi_slopes: not implemented, a ValueError if set.
+        cache_seqlens: int32 ``[batch]`` or an int: tokens seen, counting those of this call when
+            k and v are None, and not counting them when k and v are given. None = all slots. 0
+            after the append = inactive row, output 0.
+        cache_batch_idx: int ``[batch]``, the cache row of each sequence.
+        cache_leftpad: int32 ``[batch]``, first visible position of each row.
+        block_table: int32 ``[batch, max_pages]``; a page holds a multiple of 128 slots.
+        softmax_scale, causal, window_size: as in :func:`flash_attn_func`.
+        num_splits: accepted; results never depend on it.
+        return_softmax_lse: also return the log-sum-exp.
+        cu_seqlens_q, max_seqlen_q: offsets int32 ``[batch + 1]`` and the longest of packed
+            queries.
+        ring: position p lives in slot ``p % slots`` and cache_seqlens keeps growing past slots.
+        out, lse: optional result buffers.
+
+    Returns:
+        out like q; with ``return_softmax_lse`` also lse fp32 ``[batch, num_heads, seqlen_q]``, or
+        ``[num_heads, total_q]`` for packed q.
+    """
+    refuse(softcap=softcap, alibi_slopes=alibi_slopes, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+    if needs_grad(q, k, v, k_cache, v_cache):
+        raise ValueError("flash_attn_with_kvcache has no gradient: call it under torch.no_grad()")
+    shapes = Shapes()
+    check_float("q", q)
+    leading = ("batch", "seqlen_q") if cu_seqlens_q is None else ("total_q",)
+    shapes.match("q", q, *leading, "num_heads", "head_dim")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_float(name, cache, q.dtype)
+        shapes.match(name, cache, "rows", "slots", "num_kv_heads", "head_dim")
+    check_heads(shapes.known["num_heads"], shapes.known["num_kv_heads"])
+    scale, window = scale_and_window(shapes.known["head_dim"], softmax_scale, causal, window_size)
+    starts = None if cu_seqlens_q is None else cu_seqlens_q.tolist()
+    if starts is None:
+        batch, longest_q = q.shape[0], q.shape[1]
+    else:
+        check_offsets("cu_seqlens_q", starts, q.shape[0])
+        batch, longest_q = len(starts) - 1, max(b - a for a, b in pairwise(starts))
+    _check_cache(k_cache, block_table, ring, window, longest_q)
+    slots = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    lengths = _lengths(cache_seqlens, batch, slots, q.device)
+    view = _CacheView(k_cache, v_cache, cache_batch_idx, block_table, lengths, cache_leftpad, ring)
+    if (k is None) != (v is None):
+        raise ValueError("k, v: expected both or neither")
+    if k is not None and v is not None:
+        _append(k, v, view, slots)
+        view = replace(view, lengths=lengths + k.shape[1])
+    if not ring:
+        view = replace(view, lengths=view.lengths.clamp(max=slots))
+    if starts is None:
+        result, lse_result = view.attend(q, slice(None), scale, window)
+    else:
+        outs, lses = [q[:0]], [q.new_zeros(q.shape[1], 0, dtype=torch.float32)]
+        for b, (start, stop) in enumerate(pairwise(starts)):
+            part, part_lse = view.attend(q[None, start:stop], slice(b, b + 1), scale, window)
+            outs.append(part[0])
+            lses.append(part_lse[0])
+        result, lse_result = torch.cat(outs), torch.cat(lses, 1)
+    result = deliver(result, out)
+    if return_softmax_lse or lse is not None:
+        lse_result = deliver(lse_result, lse, "lse")
+    return (result, lse_result) if return_softmax_lse else result
+
+
+def _check_cache(
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    ring: bool,
+    window_size: tuple[int, int],
+    max_seqlen_q: int,
+) -> None:
+    slots = k_cache.shape[1]
+    if block_table is not None:
+        if ring:
+            raise ValueError("ring: a paged cache cannot be a ring, drop block_table or ring")
+        if slots % TILE:
+            raise ValueError(f"k_cache: a page holds a multiple of {TILE} slots, got {slots}")
+    if ring:
+        need = window_size[0] + max_seqlen_q
+        if window_size[0] < 0 or slots < need or slots % TILE:
+            raise ValueError(
+                f"ring: expected a bounded left window and slots >= left + max_seqlen_q = {need}, "
+                f"a multiple of {TILE}; got window_size={window_size}, slots={slots}"
+            )
+
+
+def _lengths(
+    cache_seqlens: Tensor | int | None, batch: int, slots: int, device: torch.device
+) -> Tensor:
+    if isinstance(cache_seqlens, Tensor):
+        Shapes().match("cache_seqlens", cache_seqlens, batch)
+        return cache_seqlens
+    filled = slots if cache_seqlens is None else cache_seqlens
+    return torch.full((batch,), filled, dtype=torch.int32, device=device)
+
+
+def _append(k: Tensor, v: Tensor, view: _CacheView, slots: int) -> None:
+    """Write new keys and values behind ``view.lengths``; positions beyond the cache are
+    dropped."""
+    batch, seqlen_new = k.shape[:2]
+    page = view.k_cache.shape[1]
+    position = view.lengths[:, None].long() + torch.arange(seqlen_new, device=k.device)
+    inside = position < slots
+    if view.ring:
+        position, inside = position % slots, torch.ones_like(inside)
+    if view.block_table is not None:
+        column = (position // page).clamp(max=view.block_table.shape[1] - 1)
+        row, slot = view.block_table.long().gather(1, column), position % page
+    else:
+        rows = view.rows.long() if view.rows is not None else torch.arange(batch, device=k.device)
+        row, slot = rows[:, None].expand_as(position), position
+    mapping = torch.where(inside, row * page + slot, -1).flatten()
+    write_cache(k.flatten(0, 1), v.flatten(0, 1), view.k_cache, view.v_cache, mapping)

@@ -1,0 +1,219 @@
+"""Per-head RMSNorm of queries and keys, then rotary position embedding (RoPE, Su et al. 2021)."""
+
+from __future__ import annotations
+
+import torch
+from exafuse.reference._check import Shapes, check_float, check_heads, deliver, needs_grad
+from exafuse.reference.rms_norm import norm_fp32
+from torch import Tensor
+
+Qkv = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+def split_qkv(qkv: Qkv, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views ``[num_tokens, heads, head_dim]`` of q, k and v from the packed tensor or the
+    triple."""
+    check_heads(num_heads, num_kv_heads)
+    total_heads = num_heads + 2 * num_kv_heads
+    shapes = Shapes()
+    if isinstance(qkv, Tensor):
+        check_float("qkv", qkv)
+        if qkv.dim() != 2 or qkv.shape[1] % total_heads:
+            raise ValueError(
+                "qkv: expected (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim) with "
+                f"{total_heads} heads in all, got {tuple(qkv.shape)}"
+            )
+        head_dim = qkv.shape[1] // total_heads
+        parts = qkv.unflatten(1, (total_heads, head_dim)).split(
+            [num_heads, num_kv_heads, num_kv_heads], dim=1
+        )
+        return parts[0], parts[1], parts[2]
+    q, k, v = qkv
+    for name, tensor, heads in (
+        ("q", q, num_heads),
+        ("k", k, num_kv_heads),
+        ("v", v, num_kv_heads),
+    ):
+        check_float(name, tensor, q.dtype)
+        if tensor.dim() != 2 or tensor.shape[1] % heads:
+            raise ValueError(
+                f"{name}: expected (num_tokens, {heads} * head_dim), got {tuple(tensor.shape)}"
+            )
+        shapes.match(name, tensor.unflatten(1, (heads, -1)), "num_tokens", heads, "head_dim")
+    head_dim = shapes.known["head_dim"]
+    return (
+        q.unflatten(1, (num_heads, head_dim)),
+        k.unflatten(1, (num_kv_heads, head_dim)),
+        v.unflatten(1, (num_kv_heads, head_dim)),
+    )
+
+
+def rotate_fp32(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs ``(i, i + head_dim / 2)`` of ``x [num_tokens, heads, head_dim]`` in fp32."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _rows(
+    cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, num_tokens: int, head_dim: int
+) -> tuple[Tensor, Tensor] | None:
+    """fp32 cos and sin ``[num_tokens, head_dim / 2]`` of each token, or None without RoPE."""
+    if cos is None or sin is None:
+        if cos is not None or sin is not None:
+            raise ValueError("cos, sin: expected both tables or neither")
+        return None
+    if positions is None:
+        raise ValueError(
+            "positions: expected int32 (num_tokens,) when cos and sin are given, got None"
+        )
+    shapes = Shapes(num_tokens=num_tokens)
+    shapes.match("positions", positions, "num_tokens")
+    shapes.match("cos", cos, "rows", head_dim // 2)
+    shapes.match("sin", sin, "rows", head_dim // 2)
+    return cos[positions].float(), sin[positions].float()
+
+
+def _norm_rope(
+    x: Tensor, weight: Tensor | None, rows: tuple[Tensor, Tensor] | None, eps: float
+) -> Tensor:
+    if weight is None and rows is None:
+        return x
+    y = x.float() if weight is None else norm_fp32(x, weight, eps)
+    if rows is not None:
+        y = rotate_fp32(y, *rows)
+    return y.to(x.dtype)
+
+
+def qk_norm_rope(
+    qkv: Qkv,
+    num_heads: int,
+    num_kv_heads: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    eps: float,
+    *,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a merged projection and prepare q and k for attention in one pass.
+
+    Args:
+        qkv: ``[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]``, or a tuple of q, k, v,
+            each ``[num_tokens, heads * head_dim]`` with any row stride.
+        num_heads, num_kv_heads: query heads and key/value heads.
+        q_weight, k_weight: RMSNorm weights ``[head_dim]`` shared by all heads; None = no norm.
+        cos, sin: ``[rows, head_dim / 2]``, fp32 or the dtype of ``qkv``; None = no RoPE.
+        positions: int32 ``[num_tokens]``, the table row of each token.
+        eps: of the norm.
+        out: optional buffers for q, k, v.
+
+    Returns:
+        ``q [num_tokens, num_heads, head_dim]``, ``k`` and ``v [num_tokens, num_kv_heads,
+        head_dim]``. Norm and rotation run in fp32 and are rounded once together; v is a view of
+        the input.
+    """
+    q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
+    rows = _rows(cos, sin, positions, q.shape[0], q.shape[2])
+    q, k = _norm_rope(q, q_weight, rows, eps), _norm_rope(k, k_weight, rows, eps)
+    if out is None:
+        return q, k, v
+    return deliver(q, out[0], "out[0]"), deliver(k, out[1], "out[1]"), deliver(v, out[2], "out[2]")
+
+
+def qk_norm_rope_cache(
+    qkv: Qkv,
+    num_heads: int,
+    num_kv_heads: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    eps: float,
+    *,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``qk_norm_rope`` that writes k and v into the cache instead of returning them.
+
+    Args:
+        qkv ... eps: as in :func:`qk_norm_rope`.
+        k_cache, v_cache: ``[rows, slots, num_kv_heads, head_dim]``, any strides with last 1;
+            mutated.
+        slot_mapping: int64 ``[num_tokens]``, ``row * slots + slot``; negative or out of range =
+            not written; no value twice.
+        out: optional buffer for q.
+
+    Returns:
+        ``q [num_tokens, num_heads, head_dim]``. Inference only: a needed gradient is a ValueError.
+    """
+    inputs = (qkv,) if isinstance(qkv, Tensor) else qkv
+    if needs_grad(*inputs, q_weight, k_weight):
+        raise ValueError(
+            "qk_norm_rope_cache writes the cache in place and has no gradient: "
+            "call it under torch.no_grad(), or use qk_norm_rope"
+        )
+    q, k, v = qk_norm_rope(
+        qkv, num_heads, num_kv_heads, q_weight, k_weight, cos, sin, positions, eps
+    )
+    write_cache(k, v, k_cache, v_cache, slot_mapping)
+    return deliver(q, out)
+
+
+def write_cache(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Scatter ``k, v [num_tokens, num_kv_heads, head_dim]`` to their slots; others are left
+    alone."""
+    shapes = Shapes(num_tokens=k.shape[0], num_kv_heads=k.shape[1], head_dim=k.shape[2])
+    check_float("k_cache", k_cache, k.dtype)
+    check_float("v_cache", v_cache, k.dtype)
+    shapes.match("k_cache", k_cache, "rows", "slots", "num_kv_heads", "head_dim")
+    shapes.match("v_cache", v_cache, "rows", "slots", "num_kv_heads", "head_dim")
+    shapes.match("slot_mapping", slot_mapping, "num_tokens")
+    rows, slots = k_cache.shape[:2]
+    valid = (slot_mapping >= 0) & (slot_mapping < rows * slots)
+    if not bool(valid.all()):
+        k, v, slot_mapping = k[valid], v[valid], slot_mapping[valid]
+    index = (slot_mapping // slots, slot_mapping % slots)
+    k_cache.index_put_(index, k)
+    v_cache.index_put_(index, v)
+
+
+def apply_rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rotate q and k; 2-D RoPE is the same op with another table.
+
+    Args:
+        q: ``[num_tokens, num_heads, head_dim]``.
+        k: ``[num_tokens, num_kv_heads, head_dim]``.
+        cos, sin: ``[rows, head_dim / 2]``, fp32 or the dtype of q.
+        positions: int32 ``[num_tokens]``, the table row of each token.
+        out: optional ``(q, k)`` buffers.
+
+    Returns:
+        The rotated pair, fp32 inside, rounded once.
+    """
+    check_float("q", q)
+    check_float("k", k, q.dtype)
+    shapes = Shapes()
+    shapes.match("q", q, "num_tokens", "num_heads", "head_dim")
+    shapes.match("k", k, "num_tokens", "num_kv_heads", "head_dim")
+    rows = _rows(cos, sin, positions, q.shape[0], q.shape[2])
+    q_out, k_out = out if out is not None else (None, None)
+    return (
+        deliver(_norm_rope(q, None, rows, 0.0), q_out, "out[0]"),
+        deliver(_norm_rope(k, None, rows, 0.0), k_out, "out[1]"),
+    )

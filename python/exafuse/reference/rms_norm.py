@@ -1,0 +1,89 @@
+"""RMSNorm (Zhang & Sennrich 2019) alone and fused with a residual addition, before or after the
+norm."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from exafuse.reference._check import Shapes, check_float, deliver
+from torch import Tensor
+
+
+def norm_fp32(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """fp32 ``x * rsqrt(mean(x^2) + eps) * weight`` over the last dimension, not rounded
+    further."""
+    return F.rms_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), eps)
+
+
+def _check(x: Tensor, weight: Tensor) -> Shapes:
+    check_float("x", x)
+    check_float("weight", weight, x.dtype, weight.new_empty(0).float().dtype)
+    shapes = Shapes()
+    shapes.match("x", x, "...", "hidden")
+    shapes.match("weight", weight, "hidden")
+    return shapes
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """Root-mean-square norm over the last dimension.
+
+    Args:
+        x: ``[..., hidden]``, bf16, fp16 or fp32.
+        weight: ``[hidden]``, the dtype of ``x`` or fp32.
+        eps: added to the mean square.
+        out: optional result buffer, shape and dtype of ``x``.
+
+    Returns:
+        ``x * rsqrt(mean(x^2) + eps) * weight``, computed in fp32 and rounded once to ``x.dtype``.
+    """
+    _check(x, weight)
+    return deliver(norm_fp32(x, weight, eps).to(x.dtype), out)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Residual addition, then RMSNorm: the step between sublayers of pre-norm models.
+
+    Args:
+        x, residual: ``[..., hidden]``, same shape and dtype.
+        weight: ``[hidden]``.
+        eps: added to the mean square.
+        out: optional ``(y, new_residual)`` buffers.
+
+    Returns:
+        ``(y, new_residual)``: ``new_residual = x + residual`` rounded to the dtype, and ``y`` the
+        norm of that rounded sum, so the pair equals an addition followed by ``rms_norm`` bitwise.
+    """
+    _check(x, weight)
+    check_float("residual", residual, x.dtype)
+    Shapes().match("residual", residual, *x.shape)
+    y_out, residual_out = out if out is not None else (None, None)
+    new_residual = x + residual
+    y = norm_fp32(new_residual, weight, eps).to(x.dtype)
+    return deliver(y, y_out), deliver(new_residual, residual_out, "out[1]")
+
+
+def rms_norm_add(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
+) -> Tensor:
+    """RMSNorm of a sublayer's output, then residual addition: EXAONE 4's post-norm.
+
+    Args:
+        x: sublayer output ``[..., hidden]``.
+        residual: ``[..., hidden]``, shape and dtype of ``x``.
+        weight: ``[hidden]``.
+        eps: added to the mean square.
+        out: optional result buffer.
+
+    Returns:
+        ``residual + rms_norm(x)``, computed in fp32 and rounded once after the addition.
+    """
+    _check(x, weight)
+    check_float("residual", residual, x.dtype)
+    Shapes().match("residual", residual, *x.shape)
+    return deliver((residual.float() + norm_fp32(x, weight, eps)).to(x.dtype), out)
