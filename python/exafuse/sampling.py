@@ -1,0 +1,177 @@
+"""From logits to the next token: penalties, warpers and the draw.
+
+Every function here is pure: fp32 scores ``[batch, vocab_size]`` in, new fp32 scores of the same
+shape out, nothing read back to the host. Removed tokens get -inf. Rules and order are those of
+transformers 5.23 (``generation/logits_process.py``), bit for bit in fp32, so one torch seed draws
+the same tokens there and here. ``presence_penalty``, which transformers does not have, is that of
+the OpenAI API and of vLLM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+"""A caller's own step: ids ``[batch, length]`` and scores ``[batch, vocab_size]`` -> scores."""
+
+
+def repetition_penalty(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide the positive and multiply the negative scores of the ids marked in ``seen``.
+
+    ``seen`` is bool ``[batch, vocab_size]``; a penalty above 1 discourages repeats, below 1 invites
+    them. Once per distinct id, however often it occurred (Keskar et al. 2019, "CTRL").
+    """
+    penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
+    return torch.where(seen, penalised, scores)
+
+
+def presence_penalty(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Subtract ``penalty`` from the scores of the ids marked in ``seen`` (bool, same shape)."""
+    return torch.where(seen, scores - penalty, scores)
+
+
+def apply_temperature(scores: Tensor, temperature: float) -> Tensor:
+    """Divide by ``temperature`` (> 0): below 1 sharpens the distribution, above 1 flattens it."""
+    return scores / temperature
+
+
+def keep_top_k(scores: Tensor, top_k: int) -> Tensor:
+    """Keep the ``top_k`` (>= 1) highest scores of a row, and all that equal the lowest kept one."""
+    lowest_kept = torch.topk(scores, min(top_k, scores.size(-1))).values[..., -1:]
+    return scores.masked_fill(scores < lowest_kept, -math.inf)
+
+
+def keep_top_p(scores: Tensor, top_p: float) -> Tensor:
+    """Keep the fewest most probable tokens that together reach ``top_p`` (0 < top_p <= 1).
+
+    Nucleus sampling: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
+    """
+    ascending, order = torch.sort(scores, descending=False)
+    removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= (1 - top_p)
+    removed[..., -1:] = False
+    return scores.masked_fill(removed.scatter(1, order, removed), -math.inf)
+
+
+def keep_min_p(scores: Tensor, min_p: float) -> Tensor:
+    """Remove tokens less probable than ``min_p`` (0 to 1) times the likeliest one, which stays."""
+    probs = scores.softmax(dim=-1)
+    removed = probs < min_p * probs.amax(dim=-1, keepdim=True)
+    removed.scatter_(-1, torch.topk(probs, 1, dim=-1).indices, False)
+    return scores.masked_fill(removed, -math.inf)
+
+
+def draw(scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One id a row, int64 ``[batch]``, drawn with probability softmax(scores).
+
+    ``generator`` None means torch's global one. argmax(p / q) with q ~ Exp(1) is what
+    ``torch.multinomial`` computes for one sample (tested to be bitwise the same). It is written out
+    because ``multinomial`` first reads two checks back to the host, which on a GPU would drain the
+    queue at every token; here the check is ``unusable_rows``.
+    """
+    probs = scores.softmax(dim=-1)
+    return (probs / torch.empty_like(probs).exponential_(1, generator=generator)).argmax(dim=-1)
+
+
+def unusable_rows(scores: Tensor, do_sample: bool) -> Tensor:
+    """Bool ``[batch]`` on the scores' device: rows no token can be chosen from.
+
+    A row is unusable if it holds a NaN or nothing above -inf. For a draw +inf is one more reason
+    (its softmax is NaN), while greedy choice takes it. NaN survives every function above.
+    """
+    highest = scores.amax(dim=-1)  # NaN if there is one
+    return ~highest.isfinite() if do_sample else ~(highest > -math.inf)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """The values in force during one call. The neutral value of a step skips it."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+
+
+class ScoreChain:
+    """All steps from the model's logits to the final scores of one batch, in transformers' order.
+
+    Repetition penalty (ids of prompt and output, left padding excluded), presence penalty (ids of
+    the output only), the caller's processors; when drawing also temperature, top-k, top-p, min-p.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor | None,
+        vocab_size: int,
+        processors: Sequence[LogitsProcessor] = (),
+    ):
+        self._params = params
+        self._processors = tuple(processors)
+        # One more column than there are ids takes what must not be marked.
+        unmarked = torch.zeros(
+            prompt_ids.size(0), vocab_size + 1, dtype=torch.bool, device=prompt_ids.device
+        )
+        self._seen: Tensor | None = None
+        self._seen_in_output: Tensor | None = None
+        if params.repetition_penalty != 1.0:
+            real = prompt_ids
+            if prompt_mask is not None:
+                real = prompt_ids.masked_fill(prompt_mask == 0, vocab_size)
+            self._seen = unmarked.scatter(1, real, True)[:, :vocab_size]
+        if params.presence_penalty != 0.0:
+            self._seen_in_output = unmarked[:, :vocab_size].clone()
+
+    def scores(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """Final scores, fp32, from the last position's logits ``[batch, vocab_size]`` of any dtype.
+
+        ``ids`` int64 ``[batch, length so far]`` goes to the caller's processors.
+        """
+        params = self._params
+        scores = logits.to(torch.float32, copy=True)  # a caller's processor may write into it
+        if self._seen is not None:
+            scores = repetition_penalty(scores, self._seen, params.repetition_penalty)
+        if self._seen_in_output is not None:
+            scores = presence_penalty(scores, self._seen_in_output, params.presence_penalty)
+        for processor in self._processors:
+            scores = _checked_result(processor, processor(ids, scores), scores)
+        if not params.do_sample:
+            return scores
+        if params.temperature != 1.0:
+            scores = apply_temperature(scores, params.temperature)
+        if params.top_k > 0:
+            scores = keep_top_k(scores, params.top_k)
+        if params.top_p < 1.0:
+            scores = keep_top_p(scores, params.top_p)
+        if params.min_p is not None:
+            scores = keep_min_p(scores, params.min_p)
+        return scores
+
+    def record(self, next_ids: Tensor) -> None:
+        """Mark the ids int64 ``[batch]`` that were appended to the rows."""
+        for seen in (self._seen, self._seen_in_output):
+            if seen is not None:
+                seen.scatter_(1, next_ids[:, None], True)
+
+
+def _checked_result(processor: LogitsProcessor, result: object, scores: Tensor) -> Tensor:
+    if isinstance(result, Tensor) and result.shape == scores.shape and result.is_floating_point():
+        return result
+    got = (
+        f"{result.dtype} {list(result.shape)}"
+        if isinstance(result, Tensor)
+        else type(result).__name__
+    )
+    raise ValueError(
+        f"logits_processor {type(processor).__name__}: expected it to return scores "
+        f"{list(scores.shape)}, got {got}"
+    )
