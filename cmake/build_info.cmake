@@ -1,0 +1,37 @@
+# What build_info() of the extension reports, as definitions of csrc/bindings.cpp alone:
+# EXAFUSE_VERSION, EXAFUSE_SOURCE_HASH, EXAFUSE_CUDA_ARCHITECTURES, EXAFUSE_CUDA_COMPILER (strings).
+
+# SHA-256 over "<path> <SHA-256 of the file>\n" of every file of csrc, sorted by path.
+function(exafuse_source_hash result)
+  file(
+    GLOB_RECURSE files CONFIGURE_DEPENDS
+    RELATIVE "${PROJECT_SOURCE_DIR}/csrc"
+    "${PROJECT_SOURCE_DIR}/csrc/*.h" "${PROJECT_SOURCE_DIR}/csrc/*.cuh"
+    "${PROJECT_SOURCE_DIR}/csrc/*.cpp" "${PROJECT_SOURCE_DIR}/csrc/*.cu")
+  list(SORT files)
+  set(listing "")
+  foreach(file IN LISTS files)
+    file(SHA256 "${PROJECT_SOURCE_DIR}/csrc/${file}" hash)
+    string(APPEND listing "${file} ${hash}\n")
+    # An edit runs this again before the build, so the hash is never that of older sources.
+    set_property(
+      DIRECTORY "${PROJECT_SOURCE_DIR}" APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
+                                                        "${PROJECT_SOURCE_DIR}/csrc/${file}")
+  endforeach()
+  string(SHA256 hash "${listing}")
+  set(${result} "${hash}" PARENT_SCOPE)
+endfunction()
+
+function(exafuse_build_info target)
+  exafuse_source_hash(source_hash)
+  list(JOIN CMAKE_CUDA_ARCHITECTURES "," archs)
+  set_property(
+    SOURCE "${PROJECT_SOURCE_DIR}/csrc/bindings.cpp"
+    TARGET_DIRECTORY ${target}
+    APPEND
+    PROPERTY COMPILE_DEFINITIONS
+             EXAFUSE_VERSION="${PROJECT_VERSION}"
+             EXAFUSE_SOURCE_HASH="${source_hash}"
+             EXAFUSE_CUDA_ARCHITECTURES="${archs}"
+             EXAFUSE_CUDA_COMPILER="nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
+endfunction()
