@@ -11,8 +11,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from exafuse.reference._check import Shapes, check_float, check_heads, deliver
 from torch import Tensor
+
+from exafuse.reference._check import Shapes, check_float, check_heads, deliver
 
 QUERY_BLOCK = (
     512  # scores are [heads, QUERY_BLOCK, keys] at a time, so memory grows linearly in keys

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
+from torch import Tensor
+
 from exafuse.reference._check import Shapes, check_float, check_heads, deliver, needs_grad
 from exafuse.reference.attention import (
     QUERY_BLOCK,
@@ -20,7 +22,6 @@ from exafuse.reference.attention import (
     scale_and_window,
 )
 from exafuse.reference.qk_norm_rope import write_cache
-from torch import Tensor
 
 TILE = 128  # absolute key tiles of the kernels: a page or a ring holds a multiple of it
 
@@ -46,7 +47,7 @@ class _CacheView:
         slots = k.shape[1]
         # On the CPU the longest length is at hand; a GPU would have to be waited for, so
         # all slots are read.
-        longest = slots if lengths.is_cuda else min(slots, int(lengths.max(initial=0)))
+        longest = slots if lengths.is_cuda else min(slots, int(lengths.max()))
         poisoned = lengths.is_cuda or bool((lengths < longest).any())
         slot = torch.arange(longest, device=q.device)[None]
         n = lengths[:, None].long()

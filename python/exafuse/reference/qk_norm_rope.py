@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from exafuse.reference._check import Shapes, check_float, check_heads, deliver, needs_grad
 from exafuse.reference.rms_norm import norm_fp32
-from torch import Tensor
 
 Qkv = Tensor | tuple[Tensor, Tensor, Tensor]
 

@@ -4,8 +4,9 @@ norm."""
 from __future__ import annotations
 
 import torch.nn.functional as F
-from exafuse.reference._check import Shapes, check_float, deliver
 from torch import Tensor
+
+from exafuse.reference._check import Shapes, check_float, deliver
 
 
 def norm_fp32(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from exafuse.reference._check import Shapes, check_float, deliver
 from torch import Tensor
+
+from exafuse.reference._check import Shapes, check_float, deliver
 
 
 def silu_and_mul(gate_up: Tensor, up: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:

@@ -3,10 +3,11 @@ segments."""
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from exafuse.reference._check import Shapes, deliver
 from exafuse.reference.attention import flash_attn_varlen_func
 from exafuse.reference.qk_norm_rope import rotate_fp32, split_qkv
-from torch import Tensor
 
 
 def vision_attn(

@@ -1,0 +1,74 @@
+"""exafuse: EXAONE 4, Qwen2 and Llama checkpoints on hand-written CUDA kernels.
+
+``from_pretrained`` loads a checkpoint folder or Hub name, ``ops`` holds the kernels as functions,
+``reference`` the same functions in plain PyTorch, ``verify`` compares the two and transformers.
+Importing the package loads nothing heavy: every name below is resolved at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from exafuse.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    DoesNotFitError,
+    ExafuseError,
+    TemplateError,
+)
+
+if TYPE_CHECKING:
+    from exafuse import ops, reference
+    from exafuse.chat import chat
+    from exafuse.models import from_config, from_pretrained
+    from exafuse.ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+    from exafuse.verify import verify
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "chat": "exafuse.chat",
+    "flash_attn_func": "exafuse.ops",
+    "flash_attn_varlen_func": "exafuse.ops",
+    "flash_attn_with_kvcache": "exafuse.ops",
+    "from_config": "exafuse.models",
+    "from_pretrained": "exafuse.models",
+    "ops": "exafuse.ops",
+    "reference": "exafuse.reference",
+    "verify": "exafuse.verify",
+}
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "DoesNotFitError",
+    "ExafuseError",
+    "TemplateError",
+    "__version__",
+    "chat",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "from_config",
+    "from_pretrained",
+    "ops",
+    "reference",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'exafuse' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    value = module if _LAZY[name] == f"exafuse.{name}" and name in ("ops", "reference") else None
+    value = getattr(module, name) if value is None else value
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

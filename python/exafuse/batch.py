@@ -1,0 +1,107 @@
+"""From padded ``[batch, columns]`` input to packed tokens and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which cells of a padded ``[batch, columns]`` block are tokens.
+
+    ``index`` is None when every cell is one: packing and padding are then plain reshapes.
+    """
+
+    batch: int
+    columns: int
+    lengths: list[int]  # tokens of each row
+    index: Tensor | None  # int64 [num_tokens], flat cells in row order
+    offsets: Tensor | None  # int64 [num_tokens], index of each token among its row's tokens
+
+    @classmethod
+    def of(cls, batch: int, columns: int, mask: Tensor | None, device: torch.device) -> Packing:
+        """Packing of a block; ``mask [batch, columns]`` (on the CPU, bool) or None = no
+        padding."""
+        if mask is None or bool(mask.all()):
+            return cls(batch, columns, [columns] * batch, None, None)
+        offsets = (mask.cumsum(1) - 1)[mask]
+        index = mask.flatten().nonzero().squeeze(1)
+        return cls(batch, columns, mask.sum(1).tolist(), index.to(device), offsets.to(device))
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every row brings the same number of tokens."""
+        return self.index is None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``[batch, columns, ...]`` -> ``[num_tokens, ...]``."""
+        flat = x.flatten(0, 1)
+        return flat if self.index is None else flat[self.index]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """``[num_tokens, ...]`` -> ``[batch, columns, ...]``, zeros where there is no token."""
+        if self.index is None:
+            return x.unflatten(0, (self.batch, self.columns))
+        flat = x.new_zeros(self.batch * self.columns, *x.shape[1:])
+        return flat.index_put((self.index,), x).unflatten(0, (self.batch, self.columns))
+
+    def last_tokens(self, device: torch.device) -> Tensor:
+        """int64 ``[batch]``, packed index of each row's last token."""
+        ends = torch.tensor(self.lengths).cumsum(0) - 1
+        return ends.to(device)
+
+    def rows(self, device: torch.device) -> Tensor:
+        """int64 ``[num_tokens]``, the row of each token."""
+        if self.index is not None:
+            return self.index // self.columns
+        return torch.arange(self.batch, device=device).repeat_interleave(self.columns)
+
+    def token_offsets(self, device: torch.device) -> Tensor:
+        """int64 ``[num_tokens]``, index of each token among this block's tokens of its row."""
+        if self.offsets is not None:
+            return self.offsets
+        return torch.arange(self.columns, device=device).repeat(self.batch)
+
+    def cu_seqlens(self, device: torch.device) -> Tensor:
+        """int32 ``[batch + 1]`` offsets of the rows in the packed tokens."""
+        starts = torch.tensor([0, *self.lengths]).cumsum(0)
+        return starts.to(torch.int32).to(device)
+
+
+def padding_mask(attention_mask: Tensor, batch: int, columns: int, seen: int) -> Tensor | None:
+    """The bool CPU mask ``[batch, columns]`` of this call's columns, or None when nothing is
+    padding.
+
+    Args:
+        attention_mask: ``[batch, seen + columns]`` or ``[batch, columns]``, 1 = token; padding
+            sits at the left or the right of a row's tokens, never between them.
+        batch, columns: of this call's input.
+        seen: padded columns already in the cache.
+
+    Raises:
+        ValueError: a wrong shape, a 4-D mask, or padding between two tokens of this call.
+    """
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            "attention_mask: expected 2-D (batch, columns), 1 for tokens and 0 for padding, got "
+            f"{tuple(attention_mask.shape)}; for custom masks use transformers' own attention"
+        )
+    if attention_mask.shape[0] != batch or attention_mask.shape[1] not in (columns, seen + columns):
+        raise ValueError(
+            f"attention_mask: expected ({batch}, {seen + columns}), "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    mask = attention_mask[:, -columns:].cpu() != 0
+    if bool(mask.all()):
+        return None
+    starts = (mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0]
+    if int(starts.max()) > 1:
+        row = int(starts.argmax())
+        raise ValueError(
+            f"attention_mask: row {row} has padding between tokens; "
+            "expected it at the left or the right"
+        )
+    return mask

@@ -1,0 +1,161 @@
+"""Keys and values of every layer of one batch: linear buffers that grow, rings on sliding layers.
+
+Absolute position p of a row lives in slot p, or in slot ``p % slots`` of a ring. A ring of
+``round_up(W - 1 + chunk, 128)`` slots holds everything a chunk of queries and its window can see.
+Padding is never stored: ``lengths`` counts real tokens of each row, ``seen`` counts padded
+    columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exafuse.config import ModelConfig
+from exafuse.rotary import RotaryState
+
+TILE = 128  # kernels walk key tiles of this many absolute positions
+
+
+@dataclass
+class LayerCache:
+    """``k, v [batch, slots, num_kv_heads, head_dim]`` of one layer."""
+
+    k: Tensor
+    v: Tensor
+    ring: bool
+
+
+class KVCache:
+    """The cache of one batch; made by ``model.new_cache``, advanced by the model's own calls.
+
+    Args:
+        config: geometry and the window of each layer.
+        batch_size: number of rows.
+        dtype, device: of the stored keys and values.
+        max_length: tokens a row will reach, when known: full layers then never have to grow.
+        chunk: the longest run of tokens the model feeds at once; a ring keeps it beside the
+            window.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_length: int | None = None,
+        chunk: int = 2048,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        self.batch_size = batch_size
+        self.chunk = chunk
+        self.seen = 0
+        self.lengths = [0] * batch_size  # on the host
+        self.seqlens = torch.zeros(
+            batch_size, dtype=torch.int32, device=device
+        )  # the same, on device
+        self.rotary_state = RotaryState()
+        self.high_water = 0  # most tokens any row ever held: what a ring may have overwritten
+        self._ring_slots = [
+            None if plan.window_size[0] < 0 else _round_up(plan.window_size[0] + chunk)
+            for plan in config.layers
+        ]
+        shape = (batch_size, 0, config.num_kv_heads, config.head_dim)
+        self.layers = [
+            LayerCache(
+                torch.empty(shape, dtype=dtype, device=device),
+                torch.empty(shape, dtype=dtype, device=device),
+                ring=False,
+            )
+            for _ in config.layers
+        ]
+        self._rows = torch.arange(batch_size, device=device)
+        self._windows = [plan.window_size[0] for plan in config.layers]
+        self.reserve(max_length or TILE)
+
+    def reserve(self, length: int) -> None:
+        """Make room for ``length`` tokens a row; growing copies what is stored, rings stay as
+        they are."""
+        for layer, ring_slots in zip(self.layers, self._ring_slots, strict=True):
+            slots = layer.k.shape[1]
+            if layer.ring or length <= slots:
+                continue
+            grown = _round_up(max(length, 2 * slots if slots else 0))
+            # A linear buffer as long as the ring is that ring: p % slots == p for all
+            # it holds so far.
+            if ring_slots is not None and grown >= ring_slots:
+                grown, layer.ring = ring_slots, True
+            layer.k = _grow(layer.k, grown, max(self.lengths))
+            layer.v = _grow(layer.v, grown, max(self.lengths))
+
+    def slot_mappings(self, positions: Tensor, rows: Tensor | None = None) -> dict[int, Tensor]:
+        """int64 ``[num_tokens]`` cache slots of tokens, by the number of slots of a layer.
+
+        Args:
+            positions: int ``[num_tokens]``, absolute position of each token in its row's cache.
+            rows: int64 ``[num_tokens]``, cache row of each token; None = one token per row.
+        """
+        rows = self._rows if rows is None else rows
+        mappings: dict[int, Tensor] = {}
+        for layer in self.layers:
+            slots = layer.k.shape[1]
+            if slots not in mappings:
+                mappings[slots] = rows * slots + (positions % slots if layer.ring else positions)
+        return mappings
+
+    def advance(self, new_lengths: list[int], columns: int) -> None:
+        """Count tokens about to be written: ``new_lengths`` per row, ``columns`` of padded
+        input."""
+        uniform = len(set(new_lengths)) == 1
+        step: int | Tensor = new_lengths[0]
+        if not uniform:
+            step = torch.tensor(new_lengths, dtype=torch.int32).to(self.seqlens.device)
+        self.lengths = [old + new for old, new in zip(self.lengths, new_lengths, strict=True)]
+        self.seqlens = self.seqlens + step
+        self.seen += columns
+        self.high_water = max(self.high_water, *self.lengths)
+
+    def get_seq_length(self) -> int:
+        """Padded columns fed so far (for unpadded input: tokens)."""
+        return self.seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all key and value buffers."""
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
+
+    def crop(self, length: int) -> None:
+        """Forget everything after the first ``length`` padded columns.
+
+        Raises:
+            ValueError: a ring has already overwritten keys that the shortened rows would need.
+        """
+        removed = self.seen - length
+        if removed < 0 or length < 0:
+            raise ValueError(f"length: expected 0 to {self.seen}, got {length}")
+        lengths = [max(0, n - removed) for n in self.lengths]
+        for layer, window_left in zip(self.layers, self._windows, strict=True):
+            oldest = self.high_water - layer.k.shape[1] + window_left
+            if layer.ring and self.high_water > layer.k.shape[1] and min(lengths) < oldest:
+                raise ValueError(
+                    f"length: a sliding-window layer can be cut back to {oldest} tokens at most "
+                    f"({self.high_water} were written into {layer.k.shape[1]} slots), got {length}"
+                )
+        self.lengths, self.seen = lengths, length
+        self.seqlens = torch.tensor(lengths, dtype=torch.int32).to(self.seqlens.device)
+
+
+def _round_up(length: int) -> int:
+    return -(-length // TILE) * TILE
+
+
+def _grow(old: Tensor, slots: int, used: int) -> Tensor:
+    # Not zeroed: slots beyond a row's length are masked by position and never reach a result.
+    new = old.new_empty(old.shape[0], slots, *old.shape[2:])
+    new[:, :used] = old[:, :used]
+    return new

@@ -1,0 +1,176 @@
+"""``from_pretrained`` and ``from_config``: the two ways to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exafuse import hub, memory, ops, reference, weights
+from exafuse.config import ModelConfig, load_config
+from exafuse.errors import ConfigError
+from exafuse.generation import GenerationConfig
+from exafuse.models.causal_lm import LAYERS, CausalLM
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def from_pretrained(
+    folder_or_name: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    backend: str = "auto",
+    head: str | None = None,
+    num_labels: int | None = None,
+    quantize: str | None = None,
+    revision: str | None = None,
+    mtp: bool | None = None,
+    *,
+    progress: bool = True,
+    check_finite: bool = False,
+) -> CausalLM:
+    """Load a checkpoint folder or a Hub name.
+
+    Args:
+        folder_or_name: an existing folder wins; anything else is a Hub repository id.
+        dtype: None or "auto" = what the file says; or "bfloat16", "float16", "float32", a torch
+            dtype.
+        device: None = the GPU if there is one, else the CPU.
+        device_map: a single device, spelled as in accelerate ("cuda:0", {"": 0}).
+        backend: "auto" (kernels where they can run), "cuda", "emulated" or "reference".
+        head, num_labels, quantize, mtp: not in this version; anything but None is a ValueError.
+        revision: of a Hub repository.
+        progress: show a bar while loading (never when stderr is not a terminal).
+        check_finite: refuse weights that hold NaN or infinity.
+
+    Raises:
+        ConfigError, CheckpointError: the folder's files are not what they must be.
+        DoesNotFitError: the weights do not fit the free memory; nothing has been read.
+    """
+    _refuse(head=head, num_labels=num_labels, quantize=quantize, mtp=mtp or None)
+    functions = resolve_backend(backend)
+    target = _device(device, device_map)
+    folder = hub.resolve_folder(str(folder_or_name), revision)
+    config = load_config(folder)
+    _check_runnable(config, str(folder))
+    kind = _dtype(dtype, config)
+    size = torch.empty(0, dtype=kind).element_size()
+    memory.check_fits(config.num_parameters() * size, target, f"the weights of {folder}")
+    with torch.device("meta"):
+        model = CausalLM(config, functions)
+    weights.load_weights(
+        model,
+        folder,
+        dtype=kind,
+        device=target,
+        tie_word_embeddings=config.tie_word_embeddings,
+        check_finite=check_finite,
+        progress=progress,
+    )
+    model.generation_config = GenerationConfig.from_folder(folder, config)
+    return model
+
+
+def from_config(
+    config: ModelConfig | Mapping[str, Any] | str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    head: str | None = None,
+    *,
+    backend: str = "auto",
+    seed: int | None = None,
+) -> CausalLM:
+    """A model with random weights, made on the device: matrices N(0, initializer_range), norms 1.
+
+    Args:
+        config: a ModelConfig, a dict as in config.json, or a path to one.
+        dtype, device, backend: as in :func:`from_pretrained`.
+        head: not in this version.
+        seed: of a private generator; None = torch's global one.
+    """
+    _refuse(head=head)
+    if not isinstance(config, ModelConfig):
+        config = load_config(config)
+    _check_runnable(config, "config")
+    target, kind = _device(device, None), _dtype(dtype, config)
+    size = torch.empty(0, dtype=kind).element_size()
+    memory.check_fits(config.num_parameters() * size, target, "the random weights")
+    with torch.device("meta"):
+        model = CausalLM(config, resolve_backend(backend))
+    model = model.to(kind).to_empty(device=target)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    generator = None if seed is None else torch.Generator(target).manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=config.initializer_range, generator=generator)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(getattr(module, "weight", None), Tensor):
+            nn.init.ones_(module.weight)
+    model.generation_config = GenerationConfig.from_config(config)
+    return model
+
+
+def resolve_backend(name: str) -> ModuleType:
+    """The module of ops that ``backend=`` names."""
+    if name == "reference":
+        return reference
+    if name == "auto":
+        return ops
+    return ops.for_path(name)
+
+
+def _refuse(**options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}: not available in this version, expected None, got {value!r}")
+
+
+def _check_runnable(config: ModelConfig, where: str) -> None:
+    if config.model_type not in LAYERS:
+        raise ConfigError(
+            f"{where}: model_type {config.model_type!r} cannot be run in this version; expected one of "
+            f"{', '.join(sorted(LAYERS))} (`exafuse plan` shows its layers)"
+        )
+
+
+def _dtype(dtype: str | torch.dtype | None, config: ModelConfig) -> torch.dtype:
+    if dtype is None or dtype == "auto":
+        return DTYPES[config.dtype]
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    if dtype in DTYPES.values():
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def _device(
+    device: str | torch.device | None, device_map: str | Mapping[str, Any] | None
+) -> torch.device:
+    if device_map is not None:
+        if device is not None:
+            raise ValueError("device, device_map: expected one of them")
+        one = (
+            device_map.get("") if isinstance(device_map, Mapping) and len(device_map) == 1 else None
+        )
+        if isinstance(device_map, str) and device_map != "auto":
+            one = device_map
+        if device_map != "auto" and one is None:
+            raise ValueError(
+                f"device_map: expected 'auto' or a single device, got {device_map!r}; to spread a model "
+                "over devices load it with transformers"
+            )
+        device = torch.device("cuda", one) if isinstance(one, int) else one
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {device} was asked for, but torch finds no GPU here")
+    return target

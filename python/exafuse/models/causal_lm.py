@@ -1,0 +1,413 @@
+"""The text model of every family: embedding, decoder layers, final norm, language-model head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from exafuse import generation, weights
+from exafuse.batch import Packing, padding_mask
+from exafuse.config import ModelConfig
+from exafuse.kv_cache import KVCache
+from exafuse.layers import RMSNorm, Step
+from exafuse.models.exaone4 import PostNormLayer
+from exafuse.models.llama import PreNormLayer
+from exafuse.rotary import RotaryState, RotaryTable
+
+PREFILL_CHUNK = 2048
+LAYERS = {"llama": PreNormLayer, "qwen2": PreNormLayer, "exaone4": PostNormLayer}
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class CausalLMOutput:
+    """Fields as in transformers; also indexable by position or name among those that are set."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None  # [batch, columns kept, vocab_size]
+    past_key_values: KVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None  # num_layers + 1, the last after the final norm
+    attentions: None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are set, in order."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return tuple(value for value in values if value is not None)
+
+    def __getitem__(self, key: int | str) -> Any:
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.to_tuple())
+
+
+class TextModel(nn.Module):
+    """Embedding, layers and final norm, over packed tokens."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        layer = LAYERS[config.model_type]
+        self.layers = nn.ModuleList(layer(config, plan) for plan in config.layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, embeds: Tensor, step: Step, backend: ModuleType, collect: list[Tensor] | None = None
+    ) -> Tensor:
+        """``embeds [num_tokens, hidden_size]`` -> normed hidden states; ``collect`` gets each
+        layer's."""
+        x, delta = embeds, None
+        for layer in self.layers:
+            if collect is not None:
+                collect.append(x if delta is None else x + delta)
+            x, delta = layer(x, delta, step, backend)
+        if delta is None:
+            x = backend.rms_norm(x, self.norm.weight, self.norm.eps)
+        else:
+            x, _ = backend.add_rms_norm(delta, x, self.norm.weight, self.norm.eps)
+        if collect is not None:
+            collect.append(x)
+        return x
+
+
+class CausalLM(nn.Module):
+    """A Llama, Qwen2 or EXAONE 4 language model; made by ``from_pretrained`` or
+    ``from_config``."""
+
+    generation_config: generation.GenerationConfig
+
+    def __init__(self, config: ModelConfig, backend: ModuleType) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.model = TextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.rotary = RotaryTable(config.rope, config.head_dim, config.max_position_embeddings)
+        self.prefill_chunk = PREFILL_CHUNK
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and of every hidden state."""
+        return self.model.norm.weight.dtype
+
+    def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
+        """An empty cache for ``batch_size`` rows that grows when needed.
+
+        Args:
+            batch_size: number of rows.
+            max_length: tokens a row will reach, when known; reserved at once, so nothing grows
+                later.
+        """
+        return KVCache(
+            self.config,
+            batch_size,
+            dtype=self.dtype,
+            device=self.device,
+            max_length=max_length,
+            chunk=self.prefill_chunk,
+        )
+
+    def next_logits(
+        self,
+        input_ids: Tensor,
+        cache: KVCache,
+        attention_mask: Tensor | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Feed the next tokens of every row and score the one after them.
+
+        Positions count real tokens. Without ``attention_mask`` nothing waits for the device.
+
+        Args:
+            input_ids: int64 ``[batch, columns]``.
+            cache: from :meth:`new_cache`; gets the new keys and values.
+            attention_mask: ``[batch, columns]`` of these columns, 0 = padding.
+            progress: called with (columns done, columns in all) after every prefill chunk.
+
+        Returns:
+            ``[batch, vocab_size]`` in the model's dtype, of each row's last token.
+        """
+        batch, columns = input_ids.shape
+        mask = None
+        if attention_mask is not None:
+            mask = padding_mask(attention_mask, batch, columns, cache.seen)
+        num_positions = max(cache.lengths) + columns
+        cos, sin = self.rotary(num_positions, self.device, cache.rotary_state)
+        hidden = None
+        for start in range(0, columns, self.prefill_chunk):
+            stop = min(start + self.prefill_chunk, columns)
+            part = None if mask is None else mask[:, start:stop]
+            packing = Packing.of(batch, stop - start, part, self.device)
+            embeds = self.model.embed_tokens(packing.pack(input_ids[:, start:stop]))
+            x = self._run(embeds, packing, cache, cos, sin, None)
+            last = packing.last_tokens(self.device) if columns > 1 or batch > 1 else None
+            rows = x if last is None else x[last.clamp(min=0)]
+            # A row without a token in this chunk keeps what it had.
+            if hidden is None or packing.uniform:
+                hidden = rows
+            else:
+                empty = torch.tensor([n == 0 for n in packing.lengths], device=self.device)
+                hidden = torch.where(empty[:, None], hidden, rows)
+            if progress is not None:
+                progress(stop, columns)
+        assert hidden is not None
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    def _run(
+        self,
+        embeds: Tensor,
+        packing: Packing,
+        cache: KVCache,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        collect: list[Tensor] | None = None,
+    ) -> Tensor:
+        """One chunk of packed tokens through the layers, written to the cache.
+
+        ``positions`` None = absolute positions in the cache, counting real tokens only.
+        """
+        cache.reserve(max(cache.lengths) + max(packing.lengths))
+        before = (cache.lengths, cache.seqlens, cache.seen)
+        if packing.columns == 1 and packing.uniform:
+            rows, absolute = None, before[1].long()
+        else:
+            rows = packing.rows(self.device)
+            absolute = before[1].long()[rows] + packing.token_offsets(self.device)
+        step = Step(
+            cos=cos,
+            sin=sin,
+            positions=(absolute if positions is None else positions).to(torch.int32),
+            cu_seqlens=None if packing.uniform else packing.cu_seqlens(self.device),
+            max_seqlen=max(packing.lengths),
+            cache=cache,
+            slot_mappings=cache.slot_mappings(absolute, rows),
+        )
+        cache.advance(packing.lengths, packing.columns)
+        try:
+            return self.model(embeds, step, self.backend, collect)
+        except BaseException:
+            # Ctrl-C or an error between layers: the tokens of this call were never seen.
+            cache.lengths, cache.seqlens, cache.seen = before
+            raise
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        return_dict: bool = True,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> CausalLMOutput | tuple[Any, ...]:
+        """Logits of a padded batch, with transformers' arguments and output fields.
+
+        Args:
+            input_ids: int64 ``[batch, columns]``; or ``inputs_embeds [batch, columns,
+                hidden_size]``.
+            attention_mask: ``[batch, columns]`` or with the cached columns in front; 0 = padding,
+                at the left or the right of a row. Padding costs nothing, its outputs are 0.
+            position_ids: ``[batch or 1, columns]`` RoPE positions; default: cached columns + 0,
+                1, 2, ... Masks and windows never read them. Without a cache and a mask, a jump
+                starts a new packed sequence.
+            past_key_values: a cache returned by an earlier call; advanced in place.
+            labels: int64 ``[batch, columns]``, -100 = ignored; shifted inside.
+            use_cache: return a cache. None = the config's wish, unless a gradient is needed.
+            logits_to_keep: last n columns (0 = all), or a 1-D tensor of columns.
+            output_hidden_states: also return the embeddings and every layer's output.
+            output_attentions: attention weights are never formed; True is a ValueError.
+            return_dict: False returns the plain tuple of the fields that are set.
+            num_items_in_batch: divides the summed loss in place of the number of labels.
+
+        Returns:
+            :class:`CausalLMOutput`.
+        """
+        if output_attentions:
+            raise ValueError(
+                "output_attentions: the kernels never form attention weights; leave it False"
+            )
+        embeds, batch, columns = self._embed(input_ids, inputs_embeds)
+        wants_grad = torch.is_grad_enabled() and embeds.requires_grad
+        if past_key_values is not None and not isinstance(past_key_values, KVCache):
+            raise TypeError(
+                "past_key_values: expected the KVCache that an earlier call returned, "
+                f"got {type(past_key_values).__name__}"
+            )
+        cache = past_key_values
+        if cache is None and (
+            use_cache or (use_cache is None and self.config.use_cache and not wants_grad)
+        ):
+            cache = self.new_cache(batch)
+        if cache is not None and cache.batch_size != batch:
+            raise ValueError(
+                f"past_key_values: holds {cache.batch_size} rows, the input has {batch}"
+            )
+        seen = 0 if cache is None else cache.seen
+        mask = None
+        if attention_mask is not None:
+            mask = padding_mask(attention_mask, batch, columns, seen)
+        positions, num_positions = self._positions(position_ids, batch, columns, seen)
+        if self.training and self.config.attention_dropout:
+            raise ValueError(
+                "attention_dropout: not implemented; set it to 0 in config.json to train"
+            )
+        collect: list[Tensor] | None = [] if output_hidden_states else None
+        if cache is None:
+            hidden = self._whole(
+                embeds, mask, positions, num_positions, position_ids, attention_mask, collect
+            )
+        else:
+            hidden = self._chunks(embeds, mask, positions, num_positions, cache, collect)
+        kept = hidden
+        if isinstance(logits_to_keep, Tensor):
+            kept = hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            kept = hidden[:, -logits_to_keep:]
+        logits = self.lm_head(kept)
+        loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
+        output = CausalLMOutput(loss, logits, cache, None if collect is None else tuple(collect))
+        return output if return_dict else output.to_tuple()
+
+    def _embed(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None
+    ) -> tuple[Tensor, int, int]:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
+        if inputs_embeds is not None:
+            batch, columns, hidden = inputs_embeds.shape
+            if hidden != self.config.hidden_size or columns == 0:
+                raise ValueError(
+                    f"inputs_embeds: expected (batch, columns >= 1, {self.config.hidden_size}), "
+                    f"got {tuple(inputs_embeds.shape)}"
+                )
+            return inputs_embeds.to(self.dtype), batch, columns
+        assert input_ids is not None
+        generation.check_ids(input_ids, self.config.vocab_size)
+        return self.model.embed_tokens(input_ids), input_ids.shape[0], input_ids.shape[1]
+
+    def _positions(
+        self, position_ids: Tensor | None, batch: int, columns: int, seen: int
+    ) -> tuple[Tensor, int]:
+        """RoPE positions ``[batch, columns]`` and one more than the largest."""
+        if position_ids is None:
+            positions = torch.arange(seen, seen + columns, device=self.device)
+            return positions.expand(batch, columns), seen + columns
+        if position_ids.shape not in ((batch, columns), (1, columns), (columns,)):
+            raise ValueError(
+                f"position_ids: expected ({batch}, {columns}), got {tuple(position_ids.shape)}"
+            )
+        positions = position_ids.to(self.device).expand(batch, columns)
+        if int(positions.min()) < 0:
+            raise ValueError("position_ids: expected non-negative positions")
+        return positions, int(positions.max()) + 1
+
+    def _chunks(
+        self,
+        embeds: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        num_positions: int,
+        cache: KVCache,
+        collect: list[Tensor] | None,
+    ) -> Tensor:
+        """Padded hidden states of a call with a cache, at most ``cache.chunk`` columns at a
+        time."""
+        cos, sin = self.rotary(num_positions, self.device, cache.rotary_state)
+        columns = embeds.shape[1]
+        outputs: list[Tensor] = []
+        collected: list[list[Tensor]] = []
+        for start in range(0, columns, cache.chunk):
+            span = slice(start, min(start + cache.chunk, columns))
+            part = None if mask is None else mask[:, span]
+            packing = Packing.of(embeds.shape[0], span.stop - start, part, self.device)
+            here: list[Tensor] | None = None if collect is None else []
+            x = self._run(
+                packing.pack(embeds[:, span]),
+                packing,
+                cache,
+                cos,
+                sin,
+                packing.pack(positions[:, span]),
+                here,
+            )
+            outputs.append(packing.pad(x))
+            if here is not None:
+                collected.append([packing.pad(h) for h in here])
+        if collect is not None:
+            collect += [torch.cat(parts, 1) for parts in zip(*collected, strict=True)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def _whole(
+        self,
+        embeds: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        num_positions: int,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        collect: list[Tensor] | None,
+    ) -> Tensor:
+        """Padded hidden states of a call without a cache; differentiable."""
+        batch, columns = embeds.shape[:2]
+        packing = Packing.of(batch, columns, mask, self.device)
+        cu_seqlens = packing.cu_seqlens(self.device)
+        max_seqlen = max(packing.lengths)
+        if position_ids is not None and attention_mask is None:
+            jump = positions.diff(dim=1, prepend=positions[:, :1] - 2) != 1
+            starts = jump.flatten().nonzero().squeeze(1)
+            cu_seqlens = F.pad(starts, (0, 1), value=batch * columns).to(torch.int32)
+            max_seqlen = int(cu_seqlens.diff().max())
+        cos, sin = self.rotary(num_positions, self.device, RotaryState())
+        step = Step(
+            cos, sin, packing.pack(positions).to(torch.int32), cu_seqlens, max_seqlen, None, {}
+        )
+        x = self.model(packing.pack(embeds), step, self.backend, collect)
+        if collect is not None:
+            collect[:] = [packing.pad(h) for h in collect]
+        return packing.pad(x)
+
+    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Continue prompts; see :func:`exafuse.generation.generate` for every argument."""
+        return generation.generate(self, inputs, *args, **kwargs)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, generation_config.json and safetensors that transformers reads."""
+        weights.save_model(self, Path(folder))
+
+
+def causal_lm_loss(
+    logits: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None = None
+) -> Tensor:
+    """Mean cross entropy of each token against the next label, in fp32; -100 is ignored."""
+    if logits.shape[:2] != labels.shape:
+        raise ValueError(
+            f"labels: expected {tuple(logits.shape[:2])} (keep all logits), got {tuple(labels.shape)}"
+        )
+    targets = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(logits.device)
+    scores = logits.float().flatten(0, 1)
+    if num_items_in_batch is None:
+        return F.cross_entropy(scores, targets, ignore_index=-100)
+    total = F.cross_entropy(scores, targets, ignore_index=-100, reduction="sum")
+    return total / num_items_in_batch
