@@ -135,8 +135,8 @@ def _refuse(**options: object) -> None:
 def _check_runnable(config: ModelConfig, where: str) -> None:
     if config.model_type not in LAYERS:
         raise ConfigError(
-            f"{where}: model_type {config.model_type!r} cannot be run in this version; expected one of "
-            f"{', '.join(sorted(LAYERS))} (`exafuse plan` shows its layers)"
+            f"{where}: model_type {config.model_type!r} cannot be run in this version; expected "
+            f"one of {', '.join(sorted(LAYERS))} (`exafuse plan` shows its layers)"
         )
 
 
@@ -157,15 +157,15 @@ def _device(
     if device_map is not None:
         if device is not None:
             raise ValueError("device, device_map: expected one of them")
-        one = (
-            device_map.get("") if isinstance(device_map, Mapping) and len(device_map) == 1 else None
-        )
-        if isinstance(device_map, str) and device_map != "auto":
+        one: Any = None
+        if isinstance(device_map, Mapping):
+            one = device_map[""] if set(device_map) == {""} else None
+        elif device_map != "auto":
             one = device_map
         if device_map != "auto" and one is None:
             raise ValueError(
-                f"device_map: expected 'auto' or a single device, got {device_map!r}; to spread a model "
-                "over devices load it with transformers"
+                f"device_map: expected 'auto' or a single device, got {device_map!r}; "
+                "to spread a model over devices load it with transformers"
             )
         device = torch.device("cuda", one) if isinstance(one, int) else one
     if device is None:

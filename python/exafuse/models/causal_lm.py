@@ -246,7 +246,7 @@ class CausalLM(nn.Module):
         """
         if output_attentions:
             raise ValueError(
-                "output_attentions: the kernels never form attention weights; leave it False"
+                "output_attentions: attention weights are never formed, expected False"
             )
         embeds, batch, columns = self._embed(input_ids, inputs_embeds)
         wants_grad = torch.is_grad_enabled() and embeds.requires_grad
@@ -256,9 +256,9 @@ class CausalLM(nn.Module):
                 f"got {type(past_key_values).__name__}"
             )
         cache = past_key_values
-        if cache is None and (
-            use_cache or (use_cache is None and self.config.use_cache and not wants_grad)
-        ):
+        if use_cache is None:
+            use_cache = self.config.use_cache and not wants_grad
+        if cache is None and use_cache:
             cache = self.new_cache(batch)
         if cache is not None and cache.batch_size != batch:
             raise ValueError(
@@ -270,14 +270,11 @@ class CausalLM(nn.Module):
             mask = padding_mask(attention_mask, batch, columns, seen)
         positions, num_positions = self._positions(position_ids, batch, columns, seen)
         if self.training and self.config.attention_dropout:
-            raise ValueError(
-                "attention_dropout: not implemented; set it to 0 in config.json to train"
-            )
+            raise ValueError("attention_dropout: not implemented, expected 0 in training")
         collect: list[Tensor] | None = [] if output_hidden_states else None
         if cache is None:
-            hidden = self._whole(
-                embeds, mask, positions, num_positions, position_ids, attention_mask, collect
-            )
+            packed = position_ids is not None and attention_mask is None
+            hidden = self._whole(embeds, mask, positions, num_positions, packed, collect)
         else:
             hidden = self._chunks(embeds, mask, positions, num_positions, cache, collect)
         kept = hidden
@@ -365,16 +362,18 @@ class CausalLM(nn.Module):
         mask: Tensor | None,
         positions: Tensor,
         num_positions: int,
-        position_ids: Tensor | None,
-        attention_mask: Tensor | None,
+        packed: bool,
         collect: list[Tensor] | None,
     ) -> Tensor:
-        """Padded hidden states of a call without a cache; differentiable."""
+        """Padded hidden states of a call without a cache; differentiable.
+
+        ``packed``: a jump of the positions starts a new sequence.
+        """
         batch, columns = embeds.shape[:2]
         packing = Packing.of(batch, columns, mask, self.device)
         cu_seqlens = packing.cu_seqlens(self.device)
         max_seqlen = max(packing.lengths)
-        if position_ids is not None and attention_mask is None:
+        if packed:
             jump = positions.diff(dim=1, prepend=positions[:, :1] - 2) != 1
             starts = jump.flatten().nonzero().squeeze(1)
             cu_seqlens = F.pad(starts, (0, 1), value=batch * columns).to(torch.int32)
@@ -403,7 +402,8 @@ def causal_lm_loss(
     """Mean cross entropy of each token against the next label, in fp32; -100 is ignored."""
     if logits.shape[:2] != labels.shape:
         raise ValueError(
-            f"labels: expected {tuple(logits.shape[:2])} (keep all logits), got {tuple(labels.shape)}"
+            f"labels: expected {tuple(logits.shape[:2])} (keep all logits), "
+            f"got {tuple(labels.shape)}"
         )
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(logits.device)
     scores = logits.float().flatten(0, 1)
