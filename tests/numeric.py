@@ -1,8 +1,8 @@
 """Judges that compare a kernel's output with a float64 oracle, element by element and row by row.
 
-Every judge compares all elements, looks at the pattern of NaN and infinity first, and on failure raises an
-AssertionError that names the worst position, both values, the size of the error in ulps and the share of
-wrong elements. Tolerances are fixed per op and dtype; no test picks its own.
+Every judge compares all elements, looks at the pattern of NaN and infinity first, and on failure
+raises an AssertionError that names the worst position, both values, the size of the error in ulps
+and the share of wrong elements. Tolerances are fixed per op and dtype; no test picks its own.
 
 Only numpy is imported; torch tensors are accepted wherever an array is.
 """
@@ -17,8 +17,9 @@ from oracles import Array, dtype_name, round_to, to_float64, ulp
 ROW_TOLERANCE = {"bfloat16": 2.0e-3, "float16": 2.6e-4, "float32": 1.0e-6}
 ROW_MINIMUM = 256
 
-# What fp32 arithmetic inside a kernel may add to the one rounding of its output, relative to the largest
-# intermediate value. 16-bit outputs hardly notice it; fp32 outputs are judged by the second figure alone.
+# What fp32 arithmetic inside a kernel may add to the one rounding of its output, relative to the
+# largest intermediate value. 16-bit outputs hardly notice it; fp32 outputs are judged by the second
+# figure alone.
 FP32_NOISE = 2.0**-21
 FP32_ELEMENT = 1.0e-6
 
@@ -46,8 +47,9 @@ def assert_same_special_values(actual: object, expected: object, label: str = "o
         if wrong.any():
             first = int(np.flatnonzero(wrong)[0])
             raise AssertionError(
-                f"{label}: {kind} at the wrong places in {int(wrong.sum())} of {a.size} elements; first at "
-                f"{_where(first, a.shape)}: got {_show(a.flat[first])}, expected {_show(e.flat[first])}"
+                f"{label}: {kind} at the wrong places in {int(wrong.sum())} of {a.size} elements; "
+                f"first at {_where(first, a.shape)}: got {_show(a.flat[first])}, expected "
+                f"{_show(e.flat[first])}"
             )
 
 
@@ -93,15 +95,16 @@ def assert_close(
     correctly_rounded: float | None = 0.999,
     label: str = "output",
 ) -> None:
-    """The rule of the memory-bound ops: ``actual`` is ``expected`` computed in fp32 and rounded once.
+    """The rule of the memory-bound ops: ``actual`` is ``expected`` computed in fp32 and rounded
+    once.
 
-    Every element lies within 1 ulp of the correctly rounded value, plus the noise of fp32 arithmetic:
-    2^-21 of ``magnitude``, the size of the largest intermediate value behind that element (by default the
-    value itself; ops that add two terms, which may cancel, pass the sum of their magnitudes). fp32 outputs
-    get 1e-6 of it instead. ``ulp_of`` replaces the value whose ulp counts (RoPE: the larger one of the
-    rotated pair). ``correctly_rounded`` is the share of 16-bit elements that must equal the oracle rounded
-    once (None: not asked). Rows (last dimension) of at least 256 elements are also held to the relative
-    L2 error of their dtype, each row for itself.
+    Every element lies within 1 ulp of the correctly rounded value, plus the noise of fp32
+    arithmetic: 2^-21 of ``magnitude``, the size of the largest intermediate value behind that
+    element (by default the value itself; ops that add two terms, which may cancel, pass the sum of
+    their magnitudes). fp32 outputs get 1e-6 of it instead. ``ulp_of`` replaces the value whose ulp
+    counts (RoPE: the larger one of the rotated pair). ``correctly_rounded`` is the share of 16-bit
+    elements that must equal the oracle rounded once (None: not asked). Rows (last dimension) of at
+    least 256 elements are also held to the relative L2 error of their dtype, each row for itself.
     """
     name = dtype or dtype_name(actual)
     e = np.asarray(expected, dtype=np.float64)
@@ -145,11 +148,11 @@ def _assert_elements(
     worst = int(np.argmax(ratio))
     first = int(np.flatnonzero(wrong)[0])
     raise AssertionError(
-        f"{label}: {int(wrong.sum())} of {a.size} elements ({100 * wrong.mean():.3g} %) are off; worst at "
-        f"{_where(worst, a.shape)}: got {_show(a.flat[worst])}, expected {_show(e.flat[worst])}, error "
-        f"{error.flat[worst]:.3g} = {error.flat[worst] / spacing.flat[worst]:.3g} ulp, allowed "
-        f"{tolerance.flat[worst]:.3g}; first at {_where(first, a.shape)}: got {_show(a.flat[first])}, "
-        f"expected {_show(e.flat[first])}"
+        f"{label}: {int(wrong.sum())} of {a.size} elements ({100 * wrong.mean():.3g} %) are off; "
+        f"worst at {_where(worst, a.shape)}: got {_show(a.flat[worst])}, expected "
+        f"{_show(e.flat[worst])}, error {error.flat[worst]:.3g} = {error.flat[worst] / spacing.flat[worst]:.3g} ulp, allowed "
+        f"{tolerance.flat[worst]:.3g}; first at {_where(first, a.shape)}: got "
+        f"{_show(a.flat[first])}, expected {_show(e.flat[first])}"
     )
 
 
@@ -192,8 +195,8 @@ def assert_rope_close(
 ) -> None:
     """RoPE with or without the norm before it: 1 ulp of the larger element of each rotated pair.
 
-    ``actual [..., head_dim]``; dimension i pairs with i + head_dim / 2. The length of each pair is kept to
-    1 ulp + 1e-6 as well.
+    ``actual [..., head_dim]``; dimension i pairs with i + head_dim / 2. The length of each pair is
+    kept to 1 ulp + 1e-6 as well.
     """
     name = dtype or dtype_name(actual)
     e = np.asarray(expected, dtype=np.float64)
@@ -215,8 +218,8 @@ def assert_rope_close(
     if wrong.any():
         worst = int(np.argmax(np.where(wrong, drift / np.maximum(limit, 1e-300), 0.0)))
         raise AssertionError(
-            f"{label}: the rotation changed the length of {int(wrong.sum())} of {wrong.size} pairs; worst "
-            f"at pair {_where(worst, drift.shape)}: off by {drift.flat[worst]:.3g}, "
+            f"{label}: the rotation changed the length of {int(wrong.sum())} of {wrong.size} pairs; "
+            f"worst at pair {_where(worst, drift.shape)}: off by {drift.flat[worst]:.3g}, "
             f"allowed {limit.flat[worst]:.3g}"
         )
 
@@ -231,8 +234,8 @@ def assert_attention_close(
 ) -> None:
     """Attention output ``[..., head_dim]``, each row for itself, against what was summed up for it.
 
-    ``norm(out - ref) <= c * norm(sqrt(P^2 V^2 + ref^2))`` with ``norm`` from ``oracles.attention``: where
-    values cancel, even a perfect kernel fails a plain relative error, and this one does not.
+    ``norm(out - ref) <= c * norm(sqrt(P^2 V^2 + ref^2))`` with ``norm`` from
+    ``oracles.attention``: where values cancel, even a perfect kernel fails a plain relative error, and this one does not.
     """
     name = dtype or dtype_name(actual)
     a, e = to_float64(actual), np.asarray(expected, dtype=np.float64)
@@ -249,6 +252,6 @@ def assert_attention_close(
         column = int(np.argmax(np.abs(a[row] - e[row])))
         raise AssertionError(
             f"{label}: {int(wrong.sum())} of {wrong.size} rows exceed {limit:.3g}; worst row "
-            f"{_where(worst, error.shape)}: {ratio.flat[worst]:.3g}, largest at column {column}: got "
-            f"{_show(a[row][column])}, expected {_show(e[row][column])}"
+            f"{_where(worst, error.shape)}: {ratio.flat[worst]:.3g}, largest at column {column}: "
+            f"got {_show(a[row][column])}, expected {_show(e[row][column])}"
         )

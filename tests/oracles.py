@@ -1,9 +1,10 @@
 """Double-precision oracles of every op, written from the mathematical definitions.
 
-Nothing here knows the kernels or ``exafuse.reference``: each function is the definition of the op, evaluated
-in float64 on the inputs exactly as they are stored. Inputs may be torch tensors (any dtype, any device) or
-numpy arrays; results are float64 numpy arrays that have *not* been rounded to the tensor's dtype, except
-where the contract of an op fixes an intermediate rounding (``add_rms_norm``).
+Nothing here knows the kernels or ``exafuse.reference``: each function is the definition of the op,
+evaluated in float64 on the inputs exactly as they are stored. Inputs may be torch tensors (any
+dtype, any device) or numpy arrays; results are float64 numpy arrays that have *not* been rounded to
+the tensor's dtype, except where the contract of an op fixes an intermediate rounding
+(``add_rms_norm``).
 
 Only numpy is imported, so that the oracles also serve runs without torch.
 """
@@ -15,7 +16,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
-# (significand bits, smallest normal exponent, largest finite value) of the formats that the ops accept.
+# (significand bits, smallest normal exponent, largest finite value) of the formats that the ops
+# accept.
 _FORMATS: dict[str, tuple[int, int, float]] = {
     "bfloat16": (8, -126, float.fromhex("0x1.fep127")),
     "float16": (11, -14, 65504.0),
@@ -31,12 +33,12 @@ def to_float64(x: object) -> Array:
 
 
 def dtype_name(x: object) -> str:
-    """ "bfloat16", "float16" or "float32": the dtype of a tensor or array, without its library's prefix."""
+    """The dtype of a tensor or array by name, such as "bfloat16", without its library's prefix."""
     return str(x.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
 
 
 def ulp(x: npt.ArrayLike, dtype: str) -> Array:
-    """Distance between neighbouring values of ``dtype`` in the binade of ``|x|`` (subnormals included)."""
+    """Distance between neighbouring values of ``dtype`` in the binade of ``|x|``, subnormals too."""
     bits, min_exponent, _ = _FORMATS[dtype]
     magnitude = np.abs(np.asarray(x, dtype=np.float64))
     magnitude = np.where(np.isfinite(magnitude), magnitude, 0.0)
@@ -55,13 +57,13 @@ def round_to(x: npt.ArrayLike, dtype: str) -> Array:
     return np.where(overflow, np.copysign(np.inf, values), rounded)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Norms
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def rms_norm(x: object, weight: object | None, eps: float) -> Array:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; ``weight`` None means all ones."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; ``weight`` None = all ones."""
     values = to_float64(x)
     with np.errstate(invalid="ignore", over="ignore"):
         normed = values / np.sqrt(np.mean(values * values, axis=-1, keepdims=True) + eps)
@@ -71,7 +73,7 @@ def rms_norm(x: object, weight: object | None, eps: float) -> Array:
 def add_rms_norm(
     x: object, residual: object, weight: object, eps: float, dtype: str | None = None
 ) -> tuple[Array, Array]:
-    """``(y, new_residual)``: the sum is rounded to the tensor's dtype first, then that is normed."""
+    """``(y, new_residual)``: the sum is rounded to the tensor's dtype, then that is normed."""
     with np.errstate(invalid="ignore"):
         total = to_float64(x) + to_float64(residual)
     new_residual = round_to(total, dtype or dtype_name(x))
@@ -84,13 +86,13 @@ def rms_norm_add(x: object, residual: object, weight: object, eps: float) -> Arr
         return to_float64(residual) + rms_norm(x, weight, eps)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rotary embedding
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def rotate(x: Array, cos: object, sin: object, positions: object) -> Array:
-    """Half-split rotation of ``x [num_tokens, heads, head_dim]``: dimension i pairs with i + head_dim / 2."""
+    """Rotation of ``x [num_tokens, heads, head_dim]``; dimension i pairs with i + head_dim / 2."""
     rows = np.asarray(positions if not hasattr(positions, "cpu") else positions.cpu())
     c = to_float64(cos)[rows][:, None, :]  # [num_tokens, 1, head_dim / 2]
     s = to_float64(sin)[rows][:, None, :]
@@ -111,7 +113,7 @@ def apply_rope(
 
 
 def split_qkv(qkv: object, num_heads: int, num_kv_heads: int) -> tuple[Array, Array, Array]:
-    """q, k, v as ``[num_tokens, heads, head_dim]`` from the packed tensor or from a tuple (q, k, v)."""
+    """q, k, v as ``[num_tokens, heads, head_dim]`` from the packed tensor or a tuple of three."""
     if isinstance(qkv, tuple):
         q, k, v = (to_float64(part) for part in qkv)
     else:
@@ -139,7 +141,7 @@ def qk_norm_rope(
     positions: object | None,
     eps: float,
 ) -> tuple[Array, Array, Array]:
-    """Per-head RMSNorm of q and k (weights None = none), then RoPE (cos None = none); v as it is."""
+    """Per-head RMSNorm of q and k (weights None = none), then RoPE (cos None = none); v as is."""
     q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
     if q_weight is not None:
         q = rms_norm(q, q_weight, eps)
@@ -155,8 +157,9 @@ def cache_write(
 ) -> tuple[Array, npt.NDArray[np.bool_]]:
     """``(cache, written)``: ``rows [num_tokens, heads, head_dim]`` scattered into the cache.
 
-    ``cache [rows, slots, heads, head_dim]``, ``written [rows, slots]``. An entry of ``slot_mapping`` is
-    row * slots + slot within the row; negative or out of range means "not written".
+    ``cache [rows, slots, heads, head_dim]``, ``written [rows, slots]``. An entry of
+    ``slot_mapping`` is row * slots + slot within the row; negative or out of range means "not
+    written".
     """
     result = to_float64(cache).copy()
     flat = result.reshape(-1, *result.shape[2:])
@@ -168,13 +171,14 @@ def cache_write(
     return flat.reshape(result.shape), written.reshape(result.shape[:2])
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Activation
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def silu_and_mul(gate: object, up: object | None = None) -> Array:
-    """gate * sigmoid(gate) * up; with ``up`` None the last dimension of ``gate`` holds gate, then up.
+    """gate * sigmoid(gate) * up; with ``up`` None the last dimension of ``gate`` holds gate, then
+    up.
 
     sigmoid(-inf) is 0 and -inf * 0 is NaN, as IEEE arithmetic on the formula says.
     """
@@ -189,9 +193,9 @@ def silu_and_mul(gate: object, up: object | None = None) -> Array:
         return g * sigmoid * u
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention with an explicit mask
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def attention_mask(
@@ -199,8 +203,8 @@ def attention_mask(
 ) -> npt.NDArray[np.bool_]:
     """``[seqlen_q, seqlen_k]``, true where the query sees the key.
 
-    Bottom-right: the last query sits at the position of the last key. Query at position p sees key j iff
-    p - left <= j <= p + right (a side of -1 is open); ``causal`` closes the right side at p.
+    Bottom-right: the last query sits at the position of the last key. Query at position p sees key
+    j iff p - left <= j <= p + right (a side of -1 is open); ``causal`` closes the right side at p.
     """
     left, right = window_size
     if causal:
@@ -218,11 +222,12 @@ def attention_mask(
 def attention(
     q: object, k: object, v: object, mask: npt.NDArray[np.bool_], softmax_scale: float | None = None
 ) -> tuple[Array, Array, Array]:
-    """``(out, lse, norm)`` of one sequence: q ``[Tq, H, D]``, k and v ``[Tk, Hkv, D]``, mask ``[Tq, Tk]``.
+    """``(out, lse, norm)`` of one sequence: q ``[Tq, H, D]``, k and v ``[Tk, Hkv, D]``, mask ``[Tq,
+    Tk]``.
 
-    Query head h uses kv head h // (H / Hkv). A row that sees no key gives 0 and lse -inf. Keys behind the
-    mask never enter, whatever their bytes (NaN included). ``lse [H, Tq]``; ``norm [Tq, H, D]`` is
-    sqrt(P^2 V^2 + out^2), the yardstick of the attention tolerance.
+    Query head h uses kv head h // (H / Hkv). A row that sees no key gives 0 and lse -inf. Keys
+    behind the mask never enter, whatever their bytes (NaN included). ``lse [H, Tq]``; ``norm [Tq,
+    H, D]`` is sqrt(P^2 V^2 + out^2), the yardstick of the attention tolerance.
     """
     q64, k64, v64 = to_float64(q), to_float64(k), to_float64(v)
     num_heads, num_kv_heads = q64.shape[1], k64.shape[1]

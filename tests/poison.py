@@ -1,7 +1,9 @@
-"""Tensors that make wrong kernels show themselves: poison, canaries, strides, odd sizes, extreme values.
+"""Tensors that make wrong kernels show themselves: poison, canaries, strides, odd sizes, extreme
+values.
 
-Whatever a kernel must not read is NaN, whatever it must not write is a canary, every layout that the ops
-promise to take is generated from one contiguous tensor, and offsets beyond 2^31 elements cost no memory.
+Whatever a kernel must not read is NaN, whatever it must not write is a canary, every layout that
+the ops promise to take is generated from one contiguous tensor, and offsets beyond 2^31 elements
+cost no memory.
 """
 
 from __future__ import annotations
@@ -34,10 +36,11 @@ def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 class Guarded:
-    """A view inside a larger buffer of canary bytes; ``check()`` proves that nothing around it was written.
+    """A view inside a larger buffer of canary bytes; ``check()`` proves that nothing around it was
+    written.
 
-    ``tensor`` has the given shape and strides (in elements; None = contiguous) and starts ``offset`` elements
-    into the buffer. Bytes in the gaps between its rows are canaries too. All of it starts as NaN.
+    ``tensor`` has the given shape and strides (in elements; None = contiguous) and starts ``offset``
+    elements into the buffer. Bytes in the gaps between its rows are canaries too. All of it starts as NaN.
     """
 
     def __init__(
@@ -64,8 +67,8 @@ class Guarded:
             first = int(touched.nonzero()[0])
             start = self.tensor.storage_offset()
             raise AssertionError(
-                f"{label}: {int(touched.sum())} elements outside the tensor were written; the first lies "
-                f"{first - start} elements from its start and holds {self._buffer[first].item()}"
+                f"{label}: {int(touched.sum())} elements outside the tensor were written; the first "
+                f"lies {first - start} elements from its start and holds {self._buffer[first].item()}"
             )
 
 
@@ -77,10 +80,11 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def layouts(x: torch.Tensor, align: int = 8) -> Iterator[tuple[str, torch.Tensor]]:
-    """``(name, view)`` pairs: every layout of the values of ``x`` whose last dimension has stride 1.
+    """``(name, view)`` pairs: every layout of the values of ``x`` whose last dimension has stride
+    1.
 
-    Each view lives in its own buffer whose other elements are NaN. ``align`` is the number of elements that
-    keeps rows on a 16-byte boundary; two of the layouts break it on purpose.
+    Each view lives in its own buffer whose other elements are NaN. ``align`` is the number of
+    elements that keeps rows on a 16-byte boundary; two of the layouts break it on purpose.
     """
     yield "contiguous", x.clone()
     if x.ndim == 0 or x.numel() == 0:
@@ -167,7 +171,7 @@ def before_guard_page(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tenso
 
 
 def sparse(num_elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """A flat tensor of zeros that takes memory only where it is touched: offsets beyond 2^31 for free."""
+    """A flat tensor of zeros that takes memory only where touched: offsets beyond 2^31 for free."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     memory = mmap.mmap(-1, num_elements * dtype.itemsize, flags=flags)
     return torch.frombuffer(memory, dtype=dtype, count=num_elements)
