@@ -150,7 +150,8 @@ def _assert_elements(
     raise AssertionError(
         f"{label}: {int(wrong.sum())} of {a.size} elements ({100 * wrong.mean():.3g} %) are off; "
         f"worst at {_where(worst, a.shape)}: got {_show(a.flat[worst])}, expected "
-        f"{_show(e.flat[worst])}, error {error.flat[worst]:.3g} = {error.flat[worst] / spacing.flat[worst]:.3g} ulp, allowed "
+        f"{_show(e.flat[worst])}, error {error.flat[worst]:.3g} = "
+        f"{error.flat[worst] / spacing.flat[worst]:.3g} ulp, allowed "
         f"{tolerance.flat[worst]:.3g}; first at {_where(first, a.shape)}: got "
         f"{_show(a.flat[first])}, expected {_show(e.flat[first])}"
     )
@@ -218,8 +219,8 @@ def assert_rope_close(
     if wrong.any():
         worst = int(np.argmax(np.where(wrong, drift / np.maximum(limit, 1e-300), 0.0)))
         raise AssertionError(
-            f"{label}: the rotation changed the length of {int(wrong.sum())} of {wrong.size} pairs; "
-            f"worst at pair {_where(worst, drift.shape)}: off by {drift.flat[worst]:.3g}, "
+            f"{label}: the rotation changed the length of {int(wrong.sum())} of {wrong.size} "
+            f"pairs; worst at pair {_where(worst, drift.shape)}: off by {drift.flat[worst]:.3g}, "
             f"allowed {limit.flat[worst]:.3g}"
         )
 
@@ -235,7 +236,8 @@ def assert_attention_close(
     """Attention output ``[..., head_dim]``, each row for itself, against what was summed up for it.
 
     ``norm(out - ref) <= c * norm(sqrt(P^2 V^2 + ref^2))`` with ``norm`` from
-    ``oracles.attention``: where values cancel, even a perfect kernel fails a plain relative error, and this one does not.
+    ``oracles.attention``: where values cancel, even a perfect kernel fails a plain relative error,
+    and this one does not.
     """
     name = dtype or dtype_name(actual)
     a, e = to_float64(actual), np.asarray(expected, dtype=np.float64)

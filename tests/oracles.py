@@ -38,7 +38,7 @@ def dtype_name(x: object) -> str:
 
 
 def ulp(x: npt.ArrayLike, dtype: str) -> Array:
-    """Distance between neighbouring values of ``dtype`` in the binade of ``|x|``, subnormals too."""
+    """Distance between neighbouring values of ``dtype`` near ``|x|``, subnormals too."""
     bits, min_exponent, _ = _FORMATS[dtype]
     magnitude = np.abs(np.asarray(x, dtype=np.float64))
     magnitude = np.where(np.isfinite(magnitude), magnitude, 0.0)

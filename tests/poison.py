@@ -39,8 +39,9 @@ class Guarded:
     """A view inside a larger buffer of canary bytes; ``check()`` proves that nothing around it was
     written.
 
-    ``tensor`` has the given shape and strides (in elements; None = contiguous) and starts ``offset``
-    elements into the buffer. Bytes in the gaps between its rows are canaries too. All of it starts as NaN.
+    ``tensor`` has the given shape and strides (in elements; None = contiguous) and starts
+    ``offset`` elements into the buffer. Bytes in the gaps between its rows are canaries too. All of
+    it starts as NaN.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class Guarded:
             first = int(touched.nonzero()[0])
             start = self.tensor.storage_offset()
             raise AssertionError(
-                f"{label}: {int(touched.sum())} elements outside the tensor were written; the first "
-                f"lies {first - start} elements from its start and holds {self._buffer[first].item()}"
+                f"{label}: {int(touched.sum())} elements outside the tensor were written; the "
+                f"first lies {first - start} elements from its start and holds "
+                f"{self._buffer[first].item()}"
             )
 
 
