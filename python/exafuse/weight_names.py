@@ -1,0 +1,87 @@
+"""Names of the weights: in checkpoints, in the model, and the one table of merges between the two.
+
+Parameters carry the checkpoint's names, except that projections which read the same input are one
+matrix in the model (``MERGES``). Loading and saving both go by ``checkpoint_slots``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+# Merged module in the model -> the checkpoint's modules, in the order of the rows.
+MERGES: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+# A checkpoint may hold these without the model having a place for them: rotary tables that very old
+# Llama files carry (they are recomputed), and the draft module of EXAONE 4.5.
+_NOT_LOADED = ("*rotary_emb.inv_freq", "mtp.*")
+# The backbone's names start with "model." in a causal LM, with "transformer." in a question
+# answering model and with nothing in a bare backbone.
+_BACKBONE = re.compile(r"(model\.|transformer\.|)((?:embed_tokens|layers|norm)\..+)", re.DOTALL)
+
+
+def is_not_loaded(name: str) -> bool:
+    """Whether a checkpoint may hold this tensor although the model has no place for it."""
+    return any(fnmatchcase(name, pattern) for pattern in _NOT_LOADED)
+
+
+def split_prefix(name: str) -> tuple[str | None, str]:
+    """The backbone's prefix in a name (None outside the backbone) and the name in a causal LM."""
+    match = _BACKBONE.fullmatch(name)
+    return (match[1], f"model.{match[2]}") if match else (None, name)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor of the checkpoint lives in the model: these rows of this parameter."""
+
+    parameter: str
+    rows: slice
+    shape: tuple[int, ...]
+
+
+def checkpoint_slots(model: nn.Module) -> dict[str, Slot]:
+    """Checkpoint name -> place in the model, for every parameter.
+
+    ``model.config`` (``num_heads``, ``num_kv_heads``, ``head_dim``) says where q, k and v part.
+    """
+    slots: dict[str, Slot] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        *path, module, kind = name.split(".")
+        parts = MERGES.get(module, (module,))
+        start = 0
+        for part, rows in zip(parts, _rows_of_parts(module, parameter, model), strict=True):
+            part_name = ".".join([*path, part, kind])
+            slots[part_name] = Slot(name, slice(start, start + rows), (rows, *parameter.shape[1:]))
+            start += rows
+        if start != parameter.shape[0]:
+            raise ValueError(f"{name}: expected {start} rows by the config, got {parameter.shape}")
+    return slots
+
+
+def _rows_of_parts(module: str, parameter: Tensor, model: nn.Module) -> tuple[int, ...]:
+    """How many rows of a (merged) parameter belong to each of its parts."""
+    if module == "qkv_proj":
+        config: Any = model.config
+        kv_rows = config.num_kv_heads * config.head_dim
+        return config.num_heads * config.head_dim, kv_rows, kv_rows
+    count = len(MERGES.get(module, (module,)))
+    return (parameter.shape[0] // count,) * count
+
+
+def unmerged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor under its checkpoint name, as a view of the model's parameter (no copy)."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        name: parameters[slot.parameter].detach()[slot.rows]
+        for name, slot in checkpoint_slots(model).items()
+    }

@@ -1,0 +1,255 @@
+"""Loading weights from a checkpoint folder into a model (saving: ``saving.py``, re-exported here).
+
+The rows of merged projections are read from the file straight into their place; no tensor exists
+twice. Nothing is allocated or read before names, shapes and dtypes of all tensors are agreed.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from exafuse.checkpoint import Checkpoint
+from exafuse.errors import CheckpointError
+from exafuse.memory import check_fits
+from exafuse.safetensors_file import CHUNK_BYTES, DTYPE_NAMES, TensorInfo, first_five, quote
+from exafuse.saving import save_weights
+from exafuse.weight_names import (
+    EMBEDDING,
+    HEAD,
+    MERGES,
+    Slot,
+    checkpoint_slots,
+    is_not_loaded,
+    split_prefix,
+    unmerged_state_dict,
+)
+
+__all__ = [
+    "MERGES",
+    "Checkpoint",
+    "TensorInfo",
+    "check_fits",
+    "load_weights",
+    "save_weights",
+    "unmerged_state_dict",
+]
+
+_LOADED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def load_weights(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    dtype: str | torch.dtype | None = "auto",
+    device: str | torch.device = "cpu",
+    tie_word_embeddings: bool,
+    check_finite: bool = False,
+    progress: bool = False,
+) -> None:
+    """Fill a model that was built on the meta device from a checkpoint folder, shard by shard.
+
+    The names must match exactly; only rotary tables and ``mtp.*`` may be left over. The memory used
+    beyond the model's own is one chunk of a few MiB. A model is changed only when all is read.
+
+    Args:
+        model: parameters named as in the checkpoint, but for ``MERGES``; on the meta device.
+        folder: holds ``model.safetensors``, or shards and their index.
+        dtype: "auto" or None takes the file's; "float32", "float16", "bfloat16" cast to it.
+        device: where the parameters are made.
+        tie_word_embeddings: the config's word. If the file nevertheless holds another output head
+            than the embedding, the file's is used, untied, with a warning (as transformers does).
+        check_finite: raise if a loaded tensor holds NaN or Inf.
+        progress: show a progress bar, if standard error is a terminal.
+
+    Raises:
+        CheckpointError: a file is malformed, or its tensors are not those of the model.
+        DoesNotFitError: before the first tensor is read.
+        ValueError: ``dtype`` is none of the above.
+    """
+    device = torch.device(device)
+    wanted = _parse_dtype(dtype)
+    checkpoint = Checkpoint.open(folder)
+    slots = checkpoint_slots(model)
+    sources = _match(checkpoint, slots, tie_word_embeddings)
+    dtype = wanted or _common_dtype(checkpoint.folder, sources.values())
+    tied = HEAD in slots and tie_word_embeddings and _head_is_tied(checkpoint, sources, dtype)
+    if tied:
+        sources.pop(HEAD, None)
+
+    old = dict(model.named_parameters(remove_duplicate=False))
+    names = sorted({slots[name].parameter for name in sources})
+    num_bytes = sum(old[name].numel() for name in names) * dtype.itemsize
+    check_fits(num_bytes, device, f"{checkpoint.folder}: the weights in {dtype}")
+    new = {name: torch.empty(old[name].shape, dtype=dtype, device=device) for name in names}
+    _read_all(checkpoint, sources, slots, new, device, check_finite, progress)
+
+    for name in names:
+        _set_parameter(model, name, nn.Parameter(new[name], old[name].requires_grad))
+    if tied:
+        _set_parameter(model, HEAD, model.get_parameter(EMBEDDING))
+
+
+def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or dtype == "auto":
+        return None
+    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if parsed not in _LOADED_DTYPES:
+        raise ValueError(
+            f"dtype: expected 'auto', 'float32', 'float16' or 'bfloat16'; got {quote(dtype)}"
+        )
+    return parsed
+
+
+def _match(
+    checkpoint: Checkpoint, slots: Mapping[str, Slot], tie_word_embeddings: bool
+) -> dict[str, TensorInfo]:
+    """Slot name -> tensor of the checkpoint; raises unless names, shapes and dtypes all agree."""
+    found = {split_prefix(info.name)[1]: info for info in _renamed(checkpoint)}
+    missing = [name for name in slots if name not in found]
+    if tie_word_embeddings and HEAD in missing:
+        missing.remove(HEAD)
+    faults = []
+    if missing:
+        hint = (
+            " (no lm_head.weight although tie_word_embeddings is false)" if HEAD in missing else ""
+        )
+        faults.append(f"{len(missing)} tensors are missing: {first_five(missing)}{hint}")
+    unexpected = [info.name for name, info in found.items() if name not in slots]
+    if unexpected:
+        faults.append(f"{len(unexpected)} tensors are unexpected: {first_five(unexpected)}")
+    misshapen = [
+        f"{quote(found[name].name)} (expected {list(slot.shape)}, got {list(found[name].shape)})"
+        for name, slot in slots.items()
+        if name in found and found[name].shape != slot.shape
+    ]
+    if misshapen:
+        faults.append(
+            f"{len(misshapen)} tensors have another shape than the config says: "
+            + ", ".join(misshapen[:5])
+        )
+    if faults:
+        raise CheckpointError(f"{checkpoint.folder}: " + "; ".join(faults))
+    for info in found.values():
+        if info.dtype not in _LOADED_DTYPES:
+            raise CheckpointError(
+                f"{checkpoint.folder / info.file}: tensor {quote(info.name)}: dtype: expected F32, "
+                f"F16 or BF16, got {DTYPE_NAMES[info.dtype]}; a quantised checkpoint must be "
+                "loaded by the library that made it"
+            )
+    return {name: found[name] for name in slots if name in found}
+
+
+def _renamed(checkpoint: Checkpoint) -> list[TensorInfo]:
+    """The tensors to load; an error if the backbone is there under two prefixes."""
+    infos = [info for info in checkpoint.tensors.values() if not is_not_loaded(info.name)]
+    examples: dict[str, str] = {}
+    for info in infos:
+        prefix, _ = split_prefix(info.name)
+        if prefix is not None:
+            examples.setdefault(prefix, info.name)
+    if len(examples) > 1:
+        raise CheckpointError(
+            f"{checkpoint.folder}: expected one prefix for all tensors of the backbone, got "
+            f"{len(examples)}: {first_five(list(examples.values()))}"
+        )
+    return infos
+
+
+def _common_dtype(folder: Path, infos: Iterable[TensorInfo]) -> torch.dtype:
+    examples: dict[torch.dtype, str] = {}
+    for info in infos:
+        examples.setdefault(info.dtype, info.name)
+    if len(examples) != 1:
+        listed = ", ".join(f"{quote(name)} is {DTYPE_NAMES[d]}" for d, name in examples.items())
+        raise CheckpointError(
+            f"{folder}: dtype 'auto': expected one dtype for all tensors, but {listed}; "
+            "ask for one, for example dtype='bfloat16'"
+        )
+    return next(iter(examples))
+
+
+def _head_is_tied(
+    checkpoint: Checkpoint, sources: Mapping[str, TensorInfo], dtype: torch.dtype
+) -> bool:
+    """Whether the file holds no output head of its own, or one equal to the embedding."""
+    if HEAD not in sources:
+        return True
+    head, embedding = sources[HEAD], sources[EMBEDDING]
+    with ExitStack() as stack:
+        shards = {
+            file: stack.enter_context(checkpoint.open_shard(file))
+            for file in {head.file, embedding.file}
+        }
+        num_values = head.nbytes // head.dtype.itemsize
+        step = CHUNK_BYTES // 4
+        for start in range(0, num_values, step):
+            pair = []
+            for info in (head, embedding):
+                # A tensor of its own: these values of the file, without the rest.
+                count = min(step, num_values - start)
+                size = info.dtype.itemsize
+                part = replace(
+                    info, shape=(count,), offset=info.offset + start * size, nbytes=count * size
+                )
+                pair.append(torch.empty(count, dtype=dtype))
+                shards[info.file].read_into(part, pair[-1])
+            if not torch.equal(*pair):
+                warnings.warn(
+                    f"{checkpoint.folder}: tie_word_embeddings is true, but {quote(head.name)} "
+                    f"differs from {quote(embedding.name)}; the file's head is used, untied",
+                    stacklevel=3,
+                )
+                return False
+    return True
+
+
+def _read_all(
+    checkpoint: Checkpoint,
+    sources: Mapping[str, TensorInfo],
+    slots: Mapping[str, Slot],
+    parameters: Mapping[str, Tensor],
+    device: torch.device,
+    check_finite: bool,
+    progress: bool,
+) -> None:
+    """Read every source into its rows, file by file and in the order of the bytes."""
+    from tqdm.auto import tqdm
+
+    # One buffer for everything that cannot be read in place; pinned, it feeds a GPU twice as fast.
+    staging = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    order = sorted(sources, key=lambda name: (sources[name].file, sources[name].offset))
+    shown = progress and sys.stderr.isatty()
+    total = sum(info.nbytes for info in sources.values())
+    with tqdm(
+        total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not shown
+    ) as bar:
+        for file in checkpoint.files:
+            with checkpoint.open_shard(file, staging) as shard:
+                for name in order:
+                    info, slot = sources[name], slots[name]
+                    if info.file != file:
+                        continue
+
+                    def on_chunk(part: Tensor, num_bytes: int, info: TensorInfo = info) -> None:
+                        bar.update(num_bytes)
+                        if check_finite and not torch.isfinite(part).all():
+                            raise CheckpointError(
+                                f"{checkpoint.folder / info.file}: tensor {quote(info.name)}: "
+                                f"holds NaN or Inf (as {part.dtype})"
+                            )
+
+                    shard.read_into(info, parameters[slot.parameter][slot.rows], on_chunk)
+
+
+def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    module, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(module), attribute, parameter)
