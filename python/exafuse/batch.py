@@ -105,3 +105,20 @@ def padding_mask(attention_mask: Tensor, batch: int, columns: int, seen: int) ->
             "expected it at the left or the right"
         )
     return mask
+
+
+def check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Raise unless ``input_ids`` is a non-empty integer ``[batch, columns]`` inside the vocabulary."""
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids: expected a torch.Tensor, got {type(input_ids).__name__}")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids: expected int64 token ids, got {input_ids.dtype}")
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(
+            f"input_ids: expected (batch, columns) with at least one token, "
+            f"got {tuple(input_ids.shape)}"
+        )
+    low, high = (int(bound) for bound in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"input_ids: expected ids from 0 to {vocab_size - 1}, got {wrong}")

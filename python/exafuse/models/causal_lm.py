@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exafuse import generation, weights
-from exafuse.batch import Packing, padding_mask
+from exafuse import generation
+from exafuse.batch import Packing, check_ids, padding_mask
 from exafuse.config import ModelConfig
 from exafuse.kv_cache import KVCache
 from exafuse.layers import RMSNorm, Step
 from exafuse.models.exaone4 import PostNormLayer
 from exafuse.models.llama import PreNormLayer
 from exafuse.rotary import RotaryState, RotaryTable
+from exafuse.saving import save_weights
 
 PREFILL_CHUNK = 2048
 LAYERS = {"llama": PreNormLayer, "qwen2": PreNormLayer, "exaone4": PostNormLayer}
@@ -155,7 +157,11 @@ class CausalLM(nn.Module):
             packing = Packing.of(batch, stop - start, part, self.device)
             embeds = self.model.embed_tokens(packing.pack(input_ids[:, start:stop]))
             x = self._run(embeds, packing, cache, cos, sin, None)
-            last = packing.last_tokens(self.device) if columns > 1 or batch > 1 else None
+            last = (
+                None
+                if packing.columns == 1 and packing.uniform
+                else packing.last_tokens(self.device)
+            )
             rows = x if last is None else x[last.clamp(min=0)]
             # A row without a token in this chunk keeps what it had.
             if hidden is None or packing.uniform:
@@ -301,7 +307,7 @@ class CausalLM(nn.Module):
                 )
             return inputs_embeds.to(self.dtype), batch, columns
         assert input_ids is not None
-        generation.check_ids(input_ids, self.config.vocab_size)
+        check_ids(input_ids, self.config.vocab_size)
         return self.model.embed_tokens(input_ids), input_ids.shape[0], input_ids.shape[1]
 
     def _positions(
@@ -393,7 +399,15 @@ class CausalLM(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, generation_config.json and safetensors that transformers reads."""
-        weights.save_model(self, Path(folder))
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / "config.json", self.config.to_dict())
+        _write_json(folder / "generation_config.json", self.generation_config.to_dict())
+        save_weights(self, folder)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def causal_lm_loss(
