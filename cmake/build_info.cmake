@@ -1,5 +1,6 @@
-# What build_info() of the extension reports, as definitions of csrc/bindings.cpp alone:
-# EXAFUSE_VERSION, EXAFUSE_SOURCE_HASH, EXAFUSE_CUDA_ARCHITECTURES, EXAFUSE_CUDA_COMPILER (strings).
+# What build_info() of the extension reports, as definitions of csrc/bindings.cpp alone, so that
+# a new hash recompiles no kernel: the strings EXAFUSE_VERSION, EXAFUSE_SOURCE_HASH,
+# EXAFUSE_CUDA_ARCHS, EXAFUSE_CUDA_COMPILER and the module's name EXAFUSE_MODULE (no string).
 
 # SHA-256 over "<path> <SHA-256 of the file>\n" of every file of csrc, sorted by path.
 function(exafuse_source_hash result)
@@ -30,8 +31,9 @@ function(exafuse_build_info target)
     TARGET_DIRECTORY ${target}
     APPEND
     PROPERTY COMPILE_DEFINITIONS
+             EXAFUSE_MODULE=${target}
              EXAFUSE_VERSION="${PROJECT_VERSION}"
              EXAFUSE_SOURCE_HASH="${source_hash}"
-             EXAFUSE_CUDA_ARCHITECTURES="${archs}"
+             EXAFUSE_CUDA_ARCHS="${archs}"
              EXAFUSE_CUDA_COMPILER="nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
 endfunction()
