@@ -1,4 +1,4 @@
-"""Typed access to one JSON object: every value is checked when it is read, and errors name file and field."""
+"""Typed access to one JSON object: values are checked when they are read; errors name the field."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ REQUIRED: Final = Missing()
 class Fields:
     """The fields of one JSON object.
 
-    ``bool`` is not an integer, ``"32"`` is not a number, ``32.0`` is not an integer, ``null`` is a value
-    only where the method says so. Every method takes the default for an absent key and raises
-    ``ConfigError`` for anything else than what it promises to return. ``unread()`` lists the keys that
-    nothing asked for.
+    ``bool`` is not an integer, ``"32"`` is not a number, ``32.0`` is not an integer, ``null`` is
+    a value only where the method says so. Every method takes the default for an absent key and
+    raises ``ConfigError`` for anything else than what it promises to return. ``unread()`` lists
+    the keys that nothing asked for.
     """
 
     def __init__(self, values: Mapping[str, object], file: str, prefix: str = "") -> None:
@@ -44,6 +44,10 @@ class Fields:
     def present(self, key: str) -> bool:
         """Whether the key is there, null included."""
         return key in self._values
+
+    def known(self) -> set[str]:
+        """Keys that are there or have been asked for."""
+        return self._read.union(self._values)
 
     def unread(self) -> list[str]:
         """Keys that no method has been asked for, in the file's order."""
@@ -152,7 +156,8 @@ class Fields:
         return Fields(value, self.file, f"{self.prefix}{key}.")
 
     def raw(self, key: str) -> object:
-        """The unchecked value; None where absent. For keys that are refused or reported, never used."""
+        """The unchecked value; None where absent. For keys that are refused or reported, never
+        used."""
         return self._get(key)
 
     def _get(self, key: str, default: object = None) -> object:

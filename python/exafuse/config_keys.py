@@ -1,12 +1,12 @@
-"""The keys that a config.json may have: known, refused, or reported. The only such list in the package."""
+"""The keys that a config.json may have: known, refused or reported. The only such list."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from exafuse.config_fields import Fields
-from exafuse.errors import ConfigError
 from exafuse.strict_json import shorten
 
 _HEADS: Final = (
@@ -16,53 +16,47 @@ _HEADS: Final = (
     "ForTokenClassification",
     "ForQuestionAnswering",
 )
-ARCHITECTURES: Final[dict[str, tuple[str, ...]]] = {
+_ARCHITECTURES: Final[dict[str, tuple[str, ...]]] = {
     "llama": tuple(f"Llama{head}" for head in _HEADS),
     "qwen2": tuple(f"Qwen2{head}" for head in _HEADS),
     "exaone4": tuple(f"Exaone4{head}" for head in _HEADS),
     "exaone4_5": ("Exaone4_5_ForConditionalGeneration", "Exaone4_5_Model"),
 }
 
-# Keys by which a file could ask a loader to run or fetch something. Never looked at, only reported.
+# Keys by which a file could ask a loader to run or fetch something. Reported, never acted on.
 _ACTIVE: Final = (
     "auto_map",
     "trust_remote_code",
     "custom_pipelines",
-    "_attn_implementation_internal",
-    "_attn_implementation",
-    "attn_implementation",
-    "_experts_implementation_internal",
-    "_experts_implementation",
-    "experts_implementation",
     "code_revision",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
 )
 
-# Bookkeeping of the training and serving tools: no bearing on what the model computes.
+# No bearing on what the model computes.
 _PASSED_OVER: Final = frozenset(
     {
+        # bookkeeping of training and serving tools
         "_attn_implementation_autoset",
         "_commit_hash",
         "_name_or_path",
-        "chunk_size_feed_forward",
-        "classifier_dropout",
-        "finetuning_task",
-        "id2label",
-        "is_encoder_decoder",
-        "label2id",
         "name_or_path",
-        "num_labels",
-        "output_attentions",
-        "output_hidden_states",
         "pretraining_tp",
-        "problem_type",
         "return_dict",
-        "torchscript",
-        "transformers.js_config",
         "transformers_version",
         "unsloth_fixed",
         "unsloth_version",
-        "use_bfloat16",
-        # EXAONE: sizes said twice, names of tokens, the draft module (not built from this file).
+        # classification heads
+        "classifier_dropout",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        # EXAONE: sizes said twice, names of tokens, the draft module
         "_num_mtp_layers",
         "max_window_layers",
         "mtp_loss_scaling_factor",
@@ -77,68 +71,59 @@ _PASSED_OVER: Final = frozenset(
         "vision_token_id",
     }
 )
+_LISTED: Final = 12
 
 
 def check_architectures(fields: Fields, model_type: str) -> None:
     """``architectures``, where given, must name classes of the family that ``model_type`` names."""
+    known = _ARCHITECTURES[model_type]
     for name in fields.strings("architectures") or ():
-        if name in ARCHITECTURES[model_type]:
-            continue
-        owner = next((family for family, names in ARCHITECTURES.items() if name in names), None)
-        expected = f"for model_type {model_type} one of {', '.join(ARCHITECTURES[model_type])}"
-        got = shorten(name) + (f", which belongs to model_type {owner}" if owner else "")
-        raise fields.error("architectures", expected, got)
+        if name not in known:
+            owners = [family for family, names in _ARCHITECTURES.items() if name in names]
+            got = shorten(name) + "".join(f", which belongs to model_type {o}" for o in owners)
+            expected = f"for model_type {model_type} one of {', '.join(known)}"
+            raise fields.error("architectures", expected, got)
 
 
 def check_unimplemented(fields: Fields) -> None:
-    """Refuse what would change the computation and is not implemented; report what is never acted on."""
+    """Refuse what would change the computation and is not implemented; report what is ignored."""
     if fields.string("hidden_act", "silu") != "silu":
         raise fields.error("hidden_act", "silu, the only activation implemented")
     for key in ("quantization_config", "compression_config"):
-        if fields.has(key):
-            raise _quantized(fields, key)
-    if fields.has("per_layer_config") and fields.raw("per_layer_config") not in ({}, []):
+        section = fields.raw(key)
+        if section:
+            method = section.get("quant_method") if isinstance(section, Mapping) else None
+            raise fields.error(
+                key,
+                "unquantised weights (bfloat16, float16 or float32); take the original checkpoint, "
+                "or load this one with transformers",
+                f"weights quantised by {shorten(method) if method else 'an unnamed method'}",
+            )
+    if fields.raw("per_layer_config"):
         raise fields.error("per_layer_config", "the same sizes in every layer")
-    if fields.has("dual_chunk_attention_config"):
+    if fields.raw("dual_chunk_attention_config"):
         warnings.warn(
-            f"{fields.file}: {fields.prefix}dual_chunk_attention_config: not implemented; plain attention is "
-            "used, as transformers does, which differs beyond the original context",
-            stacklevel=2,
+            f"{fields.file}: {fields.prefix}dual_chunk_attention_config: not implemented; plain "
+            "attention is used (as in transformers), which is not what the model was made for "
+            "beyond its original context",
+            stacklevel=3,
         )
-    active = [key for key in _ACTIVE if fields.raw(key)]
+    active = [fields.prefix + key for key in _ACTIVE if fields.raw(key)]
     if active:
         warnings.warn(
-            f"{fields.file}: never acted on and ignored (no code of a checkpoint is run): "
-            f"{', '.join(fields.prefix + key for key in active)}",
-            stacklevel=2,
+            f"{fields.file}: ignored, because no code of a checkpoint is run: {', '.join(active)}",
+            stacklevel=3,
         )
 
 
-def report_unread(fields: Fields, *, nested: bool = False) -> None:
-    """One warning with the keys that neither this package nor the list above knows.
+def report_unread(fields: Fields, known: Iterable[str] = ()) -> None:
+    """One warning with the keys that nothing has read and nobody knows.
 
-    ``nested``: the object also holds copies of its ``text_config``'s fields, which do not count.
+    A key whose value is null, false, zero or empty asks for nothing and is not reported.
     """
-    unread = [key for key in fields.unread() if key not in _PASSED_OVER]
-    if nested:
-        text = fields.section("text_config")
-        copies = set(text.unread()) if text is not None else set()
-        unread = [key for key in unread if key not in copies and key != "vision_config"]
+    known = _PASSED_OVER.union(known)
+    unread = [k for k in fields.unread() if k not in known and fields.raw(k)]
     if unread:
-        more = f" and {len(unread) - 12} more" if len(unread) > 12 else ""
-        warnings.warn(
-            f"{fields.file}: unknown and ignored: "
-            f"{', '.join(shorten(fields.prefix + key) for key in unread[:12])}{more}",
-            stacklevel=2,
-        )
-
-
-def _quantized(fields: Fields, key: str) -> ConfigError:
-    section = fields.raw(key)
-    method = section.get("quant_method") if isinstance(section, dict) else None
-    return fields.error(
-        key,
-        "unquantised weights (bfloat16, float16 or float32); take the original checkpoint, or load "
-        "this one with transformers",
-        f"quantisation method {shorten(method)}",
-    )
+        names = ", ".join(shorten(fields.prefix + key) for key in unread[:_LISTED])
+        more = f" and {len(unread) - _LISTED} more" if len(unread) > _LISTED else ""
+        warnings.warn(f"{fields.file}: unknown and ignored: {names}{more}", stacklevel=3)

@@ -1,4 +1,4 @@
-"""Which layer attends how: the layer-type rules of the families, and the plan that follows from them."""
+"""Which layer attends how: the families' rules for layer types, and the plan they lead to."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ NORM_PLACEMENT: Final[dict[str, Literal["pre", "post"]]] = {
 class LayerPlan:
     """What one decoder layer does.
 
-    ``window_size`` is (left, right) as the attention ops take it: keys left and right of the query, without
-    the query itself, -1 for open. ``rope`` False means no positional embedding at all (NoPE). ``norm`` is
-    "pre" (the input of attention and MLP is normalised) or "post" (their output is).
+    ``window_size`` is (left, right) as the attention ops take it: keys left and right of the
+    query, without the query itself, -1 for open. ``rope`` False means no positional embedding at
+    all (NoPE). ``norm`` is "pre" (the input of attention and MLP is normalised) or "post" (their
+    output is).
     """
 
     index: int
@@ -40,9 +41,9 @@ def plan_layers(
 ) -> tuple[LayerPlan, ...]:
     """The plan of every layer.
 
-    ``sliding_window`` counts the query itself, ``window_size`` does not: this is the one place where the
-    first becomes the second. EXAONE rotates q and k only in sliding layers, unless the model has no window
-    at all; the other families rotate everywhere.
+    ``sliding_window`` counts the query itself, ``window_size`` does not: this is the one place
+    where the first becomes the second. EXAONE rotates q and k only in sliding layers, unless the
+    model has no window at all; the other families rotate everywhere.
     """
     plans = []
     for index, layer_type in enumerate(layer_types):
@@ -63,7 +64,8 @@ def read_llama_layers(config: Fields, num_layers: int) -> tuple[LayerType, ...]:
 
 
 def read_qwen2_layers(config: Fields, num_layers: int) -> tuple[int | None, tuple[LayerType, ...]]:
-    """Window and layer types of Qwen2: windows only if ``use_sliding_window``, from ``max_window_layers`` on."""
+    """Window and layer types of Qwen2: windows only if ``use_sliding_window``, from
+    ``max_window_layers`` on."""
     use_window = config.boolean("use_sliding_window", False)
     window = config.optional_integer("sliding_window", 4096, 1, MAX_POSITIONS)
     first_sliding = config.integer("max_window_layers", 28, 0, MAX_POSITIONS)
@@ -88,10 +90,10 @@ def read_exaone_layers(
 ) -> tuple[int | None, tuple[LayerType, ...]]:
     """Window and layer types of EXAONE 4.
 
-    ``layer_types`` is taken as it is. Without it ``sliding_window_pattern`` decides: n makes every n-th
-    layer global, a string of L (sliding) and G (global) is repeated, and no window means that all layers
-    are global. The last layer has no special rule. With ``may_be_longer``, entries beyond ``num_layers``
-    belong to the multi-token prediction module and are cut off.
+    ``layer_types`` is taken as it is. Without it ``sliding_window_pattern`` decides: n makes
+    every n-th layer global, a string of L (sliding) and G (global) is repeated, and no window
+    means that all layers are global. The last layer has no special rule. With ``may_be_longer``,
+    entries beyond ``num_layers`` belong to the multi-token prediction module and are cut off.
     """
     window = config.optional_integer("sliding_window", 4096, 1, MAX_POSITIONS)
     pattern = _read_pattern(config, has_window=window is not None)
@@ -116,7 +118,8 @@ def read_exaone_layers(
 
 
 def _read_pattern(config: Fields, *, has_window: bool) -> str | None:
-    """``sliding_window_pattern`` as a string of L and G; an integer n means n - 1 times L, then G."""
+    """``sliding_window_pattern`` as a string of L and G; an integer n means n - 1 times L, then
+    G."""
     key = "sliding_window_pattern"
     value = config.raw(key) if config.present(key) else 4
     if value is None:

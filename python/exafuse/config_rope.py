@@ -21,10 +21,10 @@ _MAX_FACTOR: Final = 1e6
 class RopeConfig:
     """Rotary position embedding of one model.
 
-    ``theta`` is the base of the frequencies. Every other field is None unless the type reads it and the
-    config gives it; ``rotary.py`` holds the defaults of the formulas. ``short_factor`` and ``long_factor``
-    have head_dim / 2 entries. ``original_max_position_embeddings`` is always set for llama3, yarn and
-    longrope.
+    ``theta`` is the base of the frequencies. Every other field is None unless the type reads it
+    and the config gives it; ``rotary.py`` holds the defaults of the formulas. ``short_factor``
+    and ``long_factor`` have head_dim / 2 entries. ``original_max_position_embeddings`` is always
+    set for llama3, yarn and longrope.
     """
 
     rope_type: RopeType = "default"
@@ -78,9 +78,10 @@ _TYPES: Final[dict[str, _Parameters]] = {
 def read_rope(config: Fields, head_dim: int, max_position_embeddings: int) -> RopeConfig:
     """The RoPE parameters of ``config``, by transformers' precedence.
 
-    A non-empty ``rope_scaling`` (the older layout) replaces ``rope_parameters`` as a whole; ``rope_theta``
-    inside the dict beats the one beside it; ``original_max_position_embeddings`` beside it beats the one
-    inside, and ``max_position_embeddings`` stands in where neither is there.
+    A non-empty ``rope_scaling`` (the older layout) replaces ``rope_parameters`` as a whole;
+    ``rope_theta`` inside the dict beats the one beside it; ``original_max_position_embeddings``
+    beside it beats the one inside, and ``max_position_embeddings`` stands in where neither is
+    there.
     """
     scaling, parameters = config.section("rope_scaling"), config.section("rope_parameters")
     rope = scaling if scaling is not None and scaling.unread() else parameters

@@ -1,7 +1,7 @@
 """JSON from outside, read strictly: one meaning per file or an error that names it.
 
-Python's ``json`` accepts what the standard forbids (NaN, a repeated key silently replaced by the last
-one) and can be driven into unbounded nesting. A checkpoint's files are read here instead.
+Python's ``json`` accepts what the standard forbids (NaN, a repeated key silently replaced by the
+last one) and can be driven into unbounded nesting. A checkpoint's files are read here instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _short.maxlevel = 2
 
 
 def shorten(value: object) -> str:
-    """``repr`` for an error message: never longer than a line, printable whatever the value holds."""
+    """``repr`` for an error message: at most a line, printable whatever the value holds."""
     try:
         text = _short.repr(value)
     except ValueError:  # an int too long for Python to print
@@ -36,17 +36,23 @@ def shorten(value: object) -> str:
 def read_json(
     path: Path, what: str, limit_bytes: int, error: type[ExafuseError] = ConfigError
 ) -> Any:
-    """The value in the JSON file ``path``.
+    """The value in the JSON file ``path``, as strict as ``parse_json``.
 
     Refused, with an ``error`` that names the file: no such file, not a regular file (a FIFO does not
-    block), more than ``limit_bytes``, a byte-order mark, not UTF-8, a key that occurs twice in one
-    object, NaN and Infinity literals, numbers beyond the range of a float, nesting deeper than the
-    parser's stack, anything after the value. ``what`` says in the message what the file is for.
+    block), more than ``limit_bytes``. ``what`` says in the message what the file is for.
     """
-    data = _read_regular_file(path, what, limit_bytes, error)
+    return parse_json(
+        _read_regular_file(path, what, limit_bytes, error), f"{_printable(path)}: {what}", error
+    )
 
-    def fail(reason: str) -> ExafuseError:
-        return error(f"{path}: {what}: {reason}")
+
+def parse_json(data: bytes | bytearray, what: str, error: type[ExafuseError] = ConfigError) -> Any:
+    """The value that ``data`` holds as JSON.
+
+    Refused, with an ``error`` that begins with ``what``: a byte-order mark, not UTF-8, a key that
+    occurs twice in one object, NaN and Infinity literals, numbers beyond the range of a float,
+    integers of thousands of digits, nesting deeper than the parser's stack, anything after the value.
+    """
 
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -54,61 +60,60 @@ def read_json(
             seen: set[str] = set()
             for key, _ in pairs:
                 if key in seen:
-                    raise fail(f"the key {shorten(key)} occurs twice in one object; remove one")
+                    raise error(f"{what}: the key {shorten(key)} occurs twice in one object")
                 seen.add(key)
         return result
 
     def finite(literal: str) -> float:
         value = float(literal)
         if not math.isfinite(value):
-            raise fail(f"expected finite numbers, got {shorten(literal)}")
+            raise error(f"{what}: expected finite numbers, got {shorten(literal)}")
         return value
 
     def no_constant(literal: str) -> Any:
-        raise fail(f"expected JSON, got the literal {literal}, which JSON does not have")
+        raise error(f"{what}: expected JSON, got {literal}, which JSON does not have")
 
     if data.startswith(_UTF8_BOM):
-        raise fail("expected plain UTF-8, got a byte-order mark; save the file without it")
+        raise error(f"{what}: expected plain UTF-8, got a byte-order mark before it; remove it")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as exc:
-        raise fail(f"expected UTF-8, got byte {exc.start} that is not ({exc.reason})") from None
+        raise error(f"{what}: expected UTF-8, got {exc.reason} at byte {exc.start}") from None
     try:
         return json.loads(
             text, object_pairs_hook=unique_keys, parse_float=finite, parse_constant=no_constant
         )
     except RecursionError:
-        raise fail("expected a flat document, got nesting too deep to parse") from None
+        raise error(f"{what}: expected a flat document, got nesting too deep to parse") from None
     except json.JSONDecodeError as exc:
         where = f"line {exc.lineno} column {exc.colno}"
-        raise fail(f"expected JSON, got text that is not at {where} ({exc.msg})") from None
-    except ExafuseError:
+        raise error(f"{what}: expected JSON, got something else at {where} ({exc.msg})") from None
+    except ExafuseError:  # from the hooks above; itself a ValueError
         raise
     except ValueError:  # Python's limit on the digits of one integer
-        raise fail("expected numbers of ordinary length, got thousands of digits") from None
+        raise error(f"{what}: expected ordinary numbers, got thousands of digits") from None
 
 
 def _read_regular_file(path: Path, what: str, limit_bytes: int, error: type[ExafuseError]) -> bytes:
+    name = _printable(path)
     try:
         # O_NONBLOCK: opening a FIFO must return, so that the check below can refuse it.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as exc:  # ValueError: a NUL byte in the path
         reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-        raise error(f"{shorten_path(path)}: {what}: cannot open the file ({reason})") from None
+        raise error(f"{name}: {what}: cannot open the file ({reason})") from None
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise error(f"{path}: {what}: expected a regular file, got a folder, pipe or device")
+            raise error(f"{name}: {what}: expected a regular file, got a folder, pipe or device")
         data = file.read(limit_bytes + 1) if status.st_size <= limit_bytes else b""
     size = max(status.st_size, len(data))
     if size > limit_bytes:
-        raise error(
-            f"{path}: {what}: expected at most {limit_bytes:,} bytes, got {size:,}; "
-            "this is not such a file"
-        )
+        raise error(f"{name}: {what}: expected at most {limit_bytes:,} bytes, got {size:,}")
     return data
 
 
-def shorten_path(path: Path) -> str:
-    """The path, printable: a NUL byte or a lone surrogate in it must not break the message."""
-    return str(path).encode("unicode_escape").decode("ascii") if "\0" in str(path) else str(path)
+def _printable(path: Path) -> str:
+    """The path for a message: a NUL byte or a lone surrogate in it must not break the printing."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)[1:-1]

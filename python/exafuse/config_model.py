@@ -1,0 +1,136 @@
+"""ModelConfig: what a model is, complete and consistent; made by ``config.load_config`` alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, Literal
+
+from exafuse.config_layers import SLIDING, LayerPlan, LayerType, plan_layers
+from exafuse.config_rope import RopeConfig
+from exafuse.errors import ConfigError
+
+DType = Literal["bfloat16", "float16", "float32"]
+ModelType = Literal["llama", "qwen2", "exaone4", "exaone4_5"]
+
+_ARCHITECTURE: Final = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "exaone4": "Exaone4ForCausalLM",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A causal language model of one of the supported families.
+
+    ``model_type`` "exaone4_5" stands for the text part of that model. ``sliding_window`` counts the
+    query itself and is None for a model without windows; ``layers`` has it in the form that the ops
+    take. ``eos_token_id`` is empty where the config names none. ``dtype`` is the file's, "float32"
+    if it names none.
+    """
+
+    model_type: ModelType
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    sliding_window: int | None
+    layer_types: tuple[LayerType, ...]
+    rope: RopeConfig
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    initializer_range: float
+    use_cache: bool
+    bos_token_id: int | None
+    pad_token_id: int | None
+    eos_token_id: tuple[int, ...]
+    dtype: DType
+    attention_dropout: float = 0.0  # inference never drops; training with it is refused
+
+    @cached_property
+    def layers(self) -> tuple[LayerPlan, ...]:
+        """The plan of every layer: window, RoPE or NoPE, placement of the norms."""
+        return plan_layers(self.model_type, self.layer_types, self.sliding_window)
+
+    def num_parameters(self) -> int:
+        """Number of weights; a tied head is counted once."""
+        hidden, width = self.hidden_size, self.intermediate_size
+        q_rows = self.num_heads * self.head_dim
+        qkv_rows = q_rows + 2 * self.num_kv_heads * self.head_dim
+        layer = hidden * (qkv_rows + q_rows + 3 * width) + 2 * hidden
+        layer += self.qkv_bias * qkv_rows + self.o_bias * hidden
+        layer += self.mlp_bias * (2 * width + hidden) + self.qk_norm * 2 * self.head_dim
+        embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_layers * layer + hidden
+
+    def cache_bytes(
+        self, batch_size: int, context: int, dtype_bytes: int, chunk: int = 2048
+    ) -> int:
+        """Bytes of a KV cache for ``context`` tokens in each of ``batch_size`` rows.
+
+        A sliding layer keeps a ring of ``sliding_window - 1 + chunk`` slots, rounded up to a
+        multiple of 128, where that is less than the context; ``chunk`` is the longest call.
+        """
+        slots = 0
+        for layer_type in self.layer_types:
+            ring = context
+            if layer_type == SLIDING and self.sliding_window is not None:
+                ring = -(-(self.sliding_window - 1 + chunk) // 128) * 128
+            slots += min(ring, context)
+        return 2 * batch_size * slots * self.num_kv_heads * self.head_dim * dtype_bytes
+
+    def to_dict(self) -> dict[str, object]:
+        """A config.json of this model in the older layout, which transformers 4 and 5 both read."""
+        if self.model_type == "exaone4_5":
+            raise ConfigError(
+                "exaone4_5: expected a whole model to write, got its text part alone; "
+                "copy the checkpoint's own config.json"
+            )
+        result: dict[str, object] = {
+            "architectures": [_ARCHITECTURE[self.model_type]],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope.theta,
+            "rope_scaling": self.rope.to_dict(),
+            "attention_dropout": self.attention_dropout,
+            "initializer_range": self.initializer_range,
+            "use_cache": self.use_cache,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": _one_or_list(self.eos_token_id),
+            "pad_token_id": self.pad_token_id,
+            "torch_dtype": self.dtype,
+        }
+        if self.model_type == "llama":
+            result |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
+        else:
+            result |= {"sliding_window": self.sliding_window, "layer_types": list(self.layer_types)}
+        if self.model_type == "qwen2":
+            result |= {
+                "use_sliding_window": self.sliding_window is not None,
+                # For readers that do not know layer_types: how many full layers come first.
+                "max_window_layers": (*self.layer_types, SLIDING).index(SLIDING),
+            }
+        return result
+
+
+def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
+    return list(ids) if len(ids) > 1 else (ids[0] if ids else None)
