@@ -35,7 +35,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" and report.passed:
         # A test that reports nothing itself is one case of the kind that it is marked as.
         marked = [backend for backend in BACKENDS if backend in report.keywords]
-        _totals.update(_reported or {backend: 1 for backend in marked})
+        _totals.update(_reported or dict.fromkeys(marked, 1))
     elif report.skipped and "gpu" in report.keywords:
         _totals["skipped"] += 1
     if report.when == "teardown":
