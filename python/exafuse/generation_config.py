@@ -134,7 +134,7 @@ class GenerationConfig:
 
     @classmethod
     def from_object(cls, settings: object) -> GenerationConfig:
-        """A caller's own settings: one of these, a mapping, or transformers' class of the same name.
+        """A caller's own settings: one of these, a mapping or transformers' equivalent.
 
         ValueError for a setting that would change the output and is not implemented; TypeError for
         anything that holds no settings.
