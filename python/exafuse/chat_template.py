@@ -12,6 +12,7 @@ defended against, so load checkpoints from people you trust that far.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,10 +113,16 @@ def render_chat(
     return Prompt(ids, "".join(text for text, _ in pieces), opens_thinking)
 
 
-def template_source(tokenizer: Any, schemas: list[dict[str, Any]] | None) -> str:
+def template_source(tokenizer: Any, tools: Sequence[Tool] | None) -> str:
     """The text of the chat template that a conversation with these tools is rendered by."""
     with template_errors(f"{_name(tokenizer)}: no chat template for this conversation"):
-        return str(tokenizer.get_chat_template(None, tools=schemas))
+        return str(tokenizer.get_chat_template(None, tools=tools or None))
+
+
+def mentions_tools(tokenizer: Any) -> bool:
+    """Whether the chat template looks at the declared tools at all."""
+    source = template_source(tokenizer, [{}])
+    return re.search(r"\b(?:tools|available_tools)\b", source) is not None
 
 
 def _name(tokenizer: Any) -> str:

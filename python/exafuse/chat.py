@@ -1,0 +1,167 @@
+"""Conversations: ``exafuse.chat(model, processor, messages)`` and what stands behind it.
+
+``load_processor`` loads a checkpoint's tokenizer, ``encode_chat`` turns a conversation into prompt
+ids, ``chat`` generates the next turn and takes it apart into a :class:`Reply`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from exafuse.chat_loading import load_processor
+from exafuse.chat_messages import Message, Tool
+from exafuse.chat_reply import Reply, hidden_ids, parse_reply, reply_text
+from exafuse.chat_streaming import ReplyStreamer
+from exafuse.chat_template import encode_chat, mentions_tools, render_chat, template_source
+from exafuse.tool_calls import MalformedToolCall, ToolCall, tool_call_style
+
+__all__ = [
+    "PRESETS",
+    "MalformedToolCall",
+    "Preset",
+    "Reply",
+    "ReplyStreamer",
+    "ToolCall",
+    "chat",
+    "encode_chat",
+    "load_processor",
+]
+
+# The length of a reply where neither the call nor the checkpoint sets one: the usual default of 20
+# tokens would cut every answer off.
+DEFAULT_MAX_NEW_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sampling that a model's page recommends. ``thinking`` None: the template's own default."""
+
+    thinking: bool | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _sampling(**settings: Any) -> Mapping[str, Any]:
+    return MappingProxyType({"do_sample": True, **settings})
+
+
+# What a page does not name stays as the checkpoint's generation_config.json has it.
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "exaone4-reasoning": Preset(True, _sampling(temperature=0.6, top_p=0.95)),
+        # The page asks for a temperature below 0.6: greedy is the choice that repeats exactly.
+        "exaone4-non-reasoning": Preset(False, MappingProxyType({"do_sample": False})),
+        # The 1.2B model in Korean, against slipping into other languages.
+        "exaone4-1.2b-korean": Preset(False, _sampling(temperature=0.1)),
+        "exaone4_5-general": Preset(
+            None, _sampling(temperature=1.0, top_p=0.95, presence_penalty=1.5)
+        ),
+        # Reading documents, and Korean.
+        "exaone4_5-ocr": Preset(
+            None, _sampling(temperature=0.6, top_p=0.95, top_k=20, presence_penalty=1.5)
+        ),
+        "exaone4_5-text": Preset(None, _sampling(temperature=1.0, top_p=0.95)),
+    }
+)
+
+
+def chat(
+    model: Any,
+    processor: Any,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] | None = None,
+    thinking: bool | None = None,
+    preset: str | None = None,
+    streamer: Any = None,
+    **generate_kwargs: Any,
+) -> Reply:
+    """The model's next turn in a conversation.
+
+    ``processor``: from :func:`load_processor`. ``messages``: dicts with ``role`` and ``content``;
+    append ``reply.message``, and for every tool call ``call.result(value)``, to go on.
+    ``tools``: JSON schemas, or Python functions with type hints and a Google-style docstring.
+    ``thinking``: True or False where the template has a switch; None is the template's default.
+    ``preset``: a name of ``PRESETS``; nothing of it applies unless named, and arguments given here
+    win over it. ``streamer``: e.g. :class:`ReplyStreamer`. Everything else goes to
+    ``model.generate``; without a length there or in the checkpoint, a reply ends after 1024 tokens
+    (or at the end of the context).
+
+    Raises ``TemplateError`` if the template fails, ``ValueError`` / ``TypeError`` for arguments.
+    """
+    import torch
+
+    chosen = _preset(preset)
+    thinking = chosen.thinking if thinking is None else thinking
+    settings = {**chosen.settings, **generate_kwargs}
+    if tools and not mentions_tools(processor):
+        raise ValueError(
+            "tools: the chat template of this checkpoint does not declare tools to the model; "
+            "describe them in a message, or use a checkpoint whose template does"
+        )
+    prompt = render_chat(processor, messages, tools=tools, thinking=thinking)
+    settings |= _length(model, settings, len(prompt.ids))
+    if settings.get("stop_strings"):
+        settings.setdefault("tokenizer", processor)
+
+    input_ids = torch.tensor([prompt.ids], dtype=torch.int64, device=model.device)
+    # All ones: a padding id in the prompt is the template's, not padding.
+    mask = torch.ones_like(input_ids)
+    output = model.generate(input_ids, attention_mask=mask, streamer=streamer, **settings)
+    sequences = getattr(output, "sequences", output)
+    new_ids: list[int] = sequences[0, len(prompt.ids) :].tolist()
+
+    stops = _stop_ids(model, processor, settings)
+    limit = settings.get("max_new_tokens")
+    finished = bool(new_ids) and (
+        new_ids[-1] in stops or (limit is not None and len(new_ids) < limit)
+    )
+    said = new_ids
+    while said and said[-1] in stops:
+        said = said[:-1]
+    style = tool_call_style(template_source(processor, tools), processor.get_added_vocab())
+    return parse_reply(
+        reply_text(processor, said, hidden_ids(processor)),
+        # Bare JSON is a call only if there was something to call; otherwise it is the answer.
+        style=style if tools or style == "tag" else None,
+        opened_thinking=prompt.opens_thinking,
+        finished=finished,
+        ids=new_ids,
+    )
+
+
+def _preset(name: str | None) -> Preset:
+    if name is None:
+        return Preset(None)
+    if name not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(sorted(PRESETS))}; got {name!r}")
+    return PRESETS[name]
+
+
+def _length(model: Any, settings: Mapping[str, Any], prompt_length: int) -> dict[str, int]:
+    """``max_new_tokens``, if neither the call nor the checkpoint limits the reply."""
+    sources = (settings.get("generation_config"), getattr(model, "generation_config", None))
+    given = [settings.get("max_new_tokens"), settings.get("max_length")]
+    given += [getattr(s, name, None) for s in sources for name in ("max_new_tokens", "max_length")]
+    if any(value is not None for value in given):
+        return {}
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    room = DEFAULT_MAX_NEW_TOKENS if context is None else max(context - prompt_length, 1)
+    return {"max_new_tokens": min(DEFAULT_MAX_NEW_TOKENS, room)}
+
+
+def _stop_ids(model: Any, processor: Any, settings: Mapping[str, Any]) -> frozenset[int]:
+    if "eos_token_id" in settings:
+        return _ids(settings["eos_token_id"])
+    for source in (settings.get("generation_config"), getattr(model, "generation_config", None)):
+        ids = _ids(getattr(source, "eos_token_id", None))
+        if ids:
+            return ids
+    return _ids(processor.eos_token_id)
+
+
+def _ids(value: int | Iterable[int] | None) -> frozenset[int]:
+    if value is None:
+        return frozenset()
+    return frozenset({value} if isinstance(value, int) else value)
