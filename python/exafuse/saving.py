@@ -32,11 +32,11 @@ def save_weights(model: nn.Module, folder: str | Path, max_shard_bytes: int = 5 
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes: expected a positive number, got {max_shard_bytes}")
     tensors = unmerged_state_dict(model)
-    if HEAD in tensors and tensors[HEAD].is_set_to(tensors[EMBEDDING]):
-        del tensors[HEAD]
     for name, tensor in tensors.items():
         if tensor.is_meta or tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{name}: cannot be saved from {tensor.device} as {tensor.dtype}")
+    if HEAD in tensors and tensors[HEAD].is_set_to(tensors[EMBEDDING]):
+        del tensors[HEAD]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
