@@ -23,8 +23,8 @@ LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 def repetition_penalty(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Divide the positive and multiply the negative scores of the ids marked in ``seen``.
 
-    ``seen`` is bool ``[batch, vocab_size]``; a penalty above 1 discourages repeats, below 1 invites
-    them. Once per distinct id, however often it occurred (Keskar et al. 2019, "CTRL").
+    ``seen`` is bool ``[batch, vocab_size]``; a penalty above 1 discourages repeats, below 1
+    invites them. Once per distinct id, however often it occurred (Keskar et al. 2019, "CTRL").
     """
     penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
     return torch.where(seen, penalised, scores)
@@ -41,7 +41,8 @@ def apply_temperature(scores: Tensor, temperature: float) -> Tensor:
 
 
 def keep_top_k(scores: Tensor, top_k: int) -> Tensor:
-    """Keep the ``top_k`` (>= 1) highest scores of a row, and all that equal the lowest kept one."""
+    """Keep the ``top_k`` (>= 1) highest scores of a row, and all that equal the lowest kept
+    one."""
     lowest_kept = torch.topk(scores, min(top_k, scores.size(-1))).values[..., -1:]
     return scores.masked_fill(scores < lowest_kept, -math.inf)
 
@@ -69,9 +70,9 @@ def draw(scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One id a row, int64 ``[batch]``, drawn with probability softmax(scores).
 
     ``generator`` None means torch's global one. argmax(p / q) with q ~ Exp(1) is what
-    ``torch.multinomial`` computes for one sample (tested to be bitwise the same). It is written out
-    because ``multinomial`` first reads two checks back to the host, which on a GPU would drain the
-    queue at every token; here the check is ``unusable_rows``.
+    ``torch.multinomial`` computes for one sample (tested to be bitwise the same). It is written
+    out because ``multinomial`` first reads two checks back to the host, which on a GPU would
+    drain the queue at every token; here the check is ``unusable_rows``.
     """
     probs = scores.softmax(dim=-1)
     return (probs / torch.empty_like(probs).exponential_(1, generator=generator)).argmax(dim=-1)
@@ -85,6 +86,21 @@ def unusable_rows(scores: Tensor, do_sample: bool) -> Tensor:
     """
     highest = scores.amax(dim=-1)  # NaN if there is one
     return ~highest.isfinite() if do_sample else ~(highest > -math.inf)
+
+
+def seeded_generator(seed: int, device: torch.device) -> torch.Generator:
+    """A generator of its own that draws what torch's global one would after manual_seed(seed)."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def global_generator(device: torch.device) -> torch.Generator:
+    """The generator that draws on ``device`` when none is named."""
+    if device.type != "cuda":
+        return torch.default_generator
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[index]
 
 
 @dataclass(frozen=True)
@@ -126,13 +142,15 @@ class ScoreChain:
         if params.repetition_penalty != 1.0:
             real = prompt_ids
             if prompt_mask is not None:
-                real = prompt_ids.masked_fill(prompt_mask == 0, vocab_size)
+                padding = (prompt_mask == 0).to(prompt_ids.device)
+                real = prompt_ids.masked_fill(padding, vocab_size)
             self._seen = unmarked.scatter(1, real, True)[:, :vocab_size]
         if params.presence_penalty != 0.0:
             self._seen_in_output = unmarked[:, :vocab_size].clone()
 
     def scores(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """Final scores, fp32, from the last position's logits ``[batch, vocab_size]`` of any dtype.
+        """Final scores, fp32, from the last position's logits ``[batch, vocab_size]`` of any
+        dtype.
 
         ``ids`` int64 ``[batch, length so far]`` goes to the caller's processors.
         """

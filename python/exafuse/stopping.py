@@ -14,8 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exafuse.strict_json import shorten
+
 StoppingCriterion = Callable[[Tensor, tuple[Tensor, ...] | None], Any]
 """Ids int64 ``[batch, length]``, the scores of all steps or None -> bool or bool ``[batch]``."""
+
+
+def verdict(result: Any, batch_size: int, device: torch.device) -> Tensor:
+    """A criterion's answer as bool ``[batch]``; TypeError for what is none."""
+    if isinstance(result, bool):
+        return torch.full((batch_size,), result, device=device)
+    if not isinstance(result, Tensor) or result.numel() not in (1, batch_size):
+        raise TypeError(
+            f"stopping_criteria: expected bool or bool [{batch_size}], got {shorten(result)}"
+        )
+    return result.to(device=device, dtype=torch.bool).reshape(-1).expand(batch_size)
 
 
 class Streamer(Protocol):
