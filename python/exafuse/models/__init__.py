@@ -113,7 +113,7 @@ def from_config(
                 nn.init.zeros_(module.bias)
         elif isinstance(getattr(module, "weight", None), Tensor):
             nn.init.ones_(module.weight)
-    model.generation_config = GenerationConfig.from_config(config)
+    model.generation_config = GenerationConfig.from_model_config(config)
     return model
 
 

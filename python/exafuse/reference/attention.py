@@ -11,6 +11,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from exafuse.reference._check import Shapes, check_float, check_heads, deliver
@@ -24,29 +25,52 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_positions: Tensor,
-    k_positions: Tensor,
+    visible: Tensor | None,
     softmax_scale: float,
-    window_size: tuple[int, int],
+    with_lse: bool,
     poisoned: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of one block of queries of a batch, fp32 inside.
 
     Args:
         q: ``[batch, seqlen_q, num_heads, head_dim]``.
         k, v: ``[batch, seqlen_k, num_kv_heads, head_dim]``.
-        q_positions: ``[batch or 1, seqlen_q]``.
-        k_positions: ``[batch or 1, seqlen_k]``; negative = not a key.
+        visible: bool ``[batch or 1, seqlen_q, seqlen_k]``; None = every query sees every key.
         softmax_scale: multiplies the scores.
-        window_size: ``(left, right)``, inclusive, -1 = open.
+        with_lse: also return the log-sum-exp.
         poisoned: keys that no query sees may hold NaN (cache slots never written).
 
     Returns:
-        out like q, and lse fp32 ``[batch, num_heads, seqlen_q]``.
+        out like q, and lse fp32 ``[batch, num_heads, seqlen_q]`` or None.
     """
+    if visible is None and not with_lse:
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2).float(),
+            k.transpose(1, 2).float(),
+            v.transpose(1, 2).float(),
+            scale=softmax_scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return out.transpose(1, 2).to(q.dtype), None
     batch, seqlen_q, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[2]
-    group = num_heads // num_kv_heads
+    num_kv_heads, rows = k.shape[2], num_heads // k.shape[2] * seqlen_q
+    keys, values = k.permute(0, 2, 3, 1).float(), v.permute(0, 2, 1, 3).float()
+    queries = q.permute(0, 2, 1, 3).float() * softmax_scale
+    scores = queries.reshape(batch, num_kv_heads, rows, head_dim) @ keys
+    if visible is not None:
+        by_head = scores.unflatten(2, (-1, seqlen_q))
+        scores = by_head.masked_fill(~visible[:, None, None], float("-inf")).flatten(2, 3)
+        if poisoned:  # 0 * NaN would leak out of a slot never written
+            values = values.masked_fill(~visible.any(1)[:, None, :, None], 0.0)
+    lse = scores.logsumexp(dim=-1, keepdim=True)
+    # An empty row has lse -inf and only scores of -inf: subtracting 0 gives exp(-inf) = 0.
+    probabilities = (scores - lse.masked_fill(lse == float("-inf"), 0.0)).exp()
+    out = (probabilities @ values).reshape(batch, num_heads, seqlen_q, head_dim)
+    return out.permute(0, 2, 1, 3).to(q.dtype), lse.reshape(batch, num_heads, seqlen_q)
+
+
+def visible_keys(q_positions: Tensor, k_positions: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """Mask ``[batch or 1, seqlen_q, seqlen_k]`` of a window; negative key positions are no keys."""
     left, right = window_size
     i, p = q_positions[:, :, None], k_positions[:, None, :]
     visible = p >= 0
@@ -54,20 +78,15 @@ def attend(
         visible = visible & (p >= i - left)
     if right >= 0:
         visible = visible & (p <= i + right)
-    visible = visible.expand(-1, seqlen_q, -1)[:, None, None]  # [batch, 1, 1, seqlen_q, seqlen_k]
-    queries = q.unflatten(2, (num_kv_heads, group)).permute(0, 2, 3, 1, 4).float() * softmax_scale
-    scores = queries.flatten(2, 3) @ k.permute(0, 2, 3, 1).float()
-    scores = scores.unflatten(2, (group, seqlen_q)).masked_fill(~visible, float("-inf"))
-    lse = scores.logsumexp(dim=-1, keepdim=True)
-    # An empty row has lse -inf and only scores of -inf: subtracting 0 instead gives exp(-inf) = 0.
-    probabilities = (scores - lse.masked_fill(lse == float("-inf"), 0.0)).exp()
-    values = v.permute(0, 2, 1, 3).float()
-    if poisoned:
-        seen = visible.any(dim=3)[:, :, 0, :, None]
-        values = values.masked_fill(~seen, 0.0)  # 0 * NaN would leak out of a slot never written
-    out = (probabilities.flatten(2, 3) @ values).unflatten(2, (group, seqlen_q))
-    out = out.permute(0, 3, 1, 2, 4).reshape(batch, seqlen_q, num_heads, head_dim)
-    return out.to(q.dtype), lse.reshape(batch, num_heads, seqlen_q)
+    return visible.expand(-1, i.shape[1], -1)
+
+
+def join(blocks: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Blocks of queries, one after the other."""
+    if len(blocks) == 1:
+        return blocks[0]
+    lses = [lse for _, lse in blocks if lse is not None]
+    return torch.cat([out for out, _ in blocks], 1), torch.cat(lses, 2) if lses else None
 
 
 def refuse(**unsupported: object) -> None:
@@ -91,19 +110,20 @@ def scale_and_window(
 
 
 def attend_all(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, window_size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    window_size: tuple[int, int],
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Blocks of queries over the keys they can see; queries stand at the end of the keys.
 
-    Args:
-        q, k, v, softmax_scale, window_size: as in :func:`attend`, keys at positions 0, 1, 2, ...
-
-    Returns:
-        out like q, and lse fp32 ``[batch, num_heads, seqlen_q]``.
+    Args and returns as in :func:`attend`, keys at positions 0, 1, 2, ...
     """
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     left, right = window_size
-    outs, lses = [], []
+    blocks = []
     for start in range(0, max(seqlen_q, 1), QUERY_BLOCK):
         block = q[:, start : start + QUERY_BLOCK]
         first = seqlen_k - seqlen_q + start
@@ -112,12 +132,11 @@ def attend_all(
         low = 0 if left < 0 else min(max(first - left, 0), high)
         i = torch.arange(first, end, device=q.device)[None]
         p = torch.arange(low, high, device=q.device)[None]
-        out, lse = attend(block, k[:, low:high], v[:, low:high], i, p, softmax_scale, window_size)
-        outs.append(out)
-        lses.append(lse)
-    if len(outs) == 1:
-        return outs[0], lses[0]
-    return torch.cat(outs, 1), torch.cat(lses, 2)
+        visible = visible_keys(i, p, window_size)
+        blocks.append(
+            attend(block, k[:, low:high], v[:, low:high], visible, softmax_scale, with_lse)
+        )
+    return join(blocks)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, *dims: str) -> Shapes:
@@ -174,12 +193,13 @@ def flash_attn_func(
     refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes)
     shapes = check_qkv(q, k, v, "batch", "seqlen_q", "batch", "seqlen_k")
     scale, window = scale_and_window(shapes.known["head_dim"], softmax_scale, causal, window_size)
-    result, lse_result = attend_all(q, k, v, scale, window)
+    with_lse = return_attn_probs or lse is not None
+    result, lse_result = attend_all(q, k, v, scale, window, with_lse)
     result = deliver(result, out)
-    if not return_attn_probs and lse is None:
-        return result
-    lse_result = deliver(lse_result, lse, "lse")
-    return (result, lse_result, None) if return_attn_probs else result
+    if lse_result is not None and with_lse:
+        lse_result = deliver(lse_result, lse, "lse")
+        return (result, lse_result, None) if return_attn_probs else result
+    return result
 
 
 def flash_attn_varlen_func(
@@ -228,14 +248,18 @@ def flash_attn_varlen_func(
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     check_offsets("cu_seqlens_q", starts_q, q.shape[0])
     check_offsets("cu_seqlens_k", starts_k, k.shape[0])
+    with_lse = return_attn_probs or lse is not None
     outs, lses = [q[:0]], [q.new_zeros(q.shape[1], 0, dtype=torch.float32)]
     for b in range(len(starts_q) - 1):
         rows, cols = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
-        part, part_lse = attend_all(q[rows][None], k[cols][None], v[cols][None], scale, window)
+        part, part_lse = attend_all(
+            q[rows][None], k[cols][None], v[cols][None], scale, window, with_lse
+        )
         outs.append(part[0])
-        lses.append(part_lse[0])
+        if part_lse is not None:
+            lses.append(part_lse[0])
     result = deliver(torch.cat(outs), out)
-    if not return_attn_probs and lse is None:
+    if not with_lse:
         return result
     lse_result = deliver(torch.cat(lses, 1), lse, "lse")
     return (result, lse_result, None) if return_attn_probs else result

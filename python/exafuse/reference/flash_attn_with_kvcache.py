@@ -18,8 +18,10 @@ from exafuse.reference.attention import (
     QUERY_BLOCK,
     attend,
     check_offsets,
+    join,
     refuse,
     scale_and_window,
+    visible_keys,
 )
 from exafuse.reference.qk_norm_rope import write_cache
 
@@ -39,48 +41,45 @@ class _CacheView:
     ring: bool
 
     def attend(
-        self, q: Tensor, batch: slice, softmax_scale: float, window_size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        q: Tensor,
+        batch: slice,
+        softmax_scale: float,
+        window_size: tuple[int, int],
+        with_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         """Attention of ``q [rows of batch, seqlen_q, num_heads, head_dim]``."""
-        lengths = self.lengths[batch]
+        lengths, seqlen_q = self.lengths[batch], q.shape[1]
         k, v = self._gather(self.k_cache, batch), self._gather(self.v_cache, batch)
         slots = k.shape[1]
-        # On the CPU the longest length is at hand; a GPU would have to be waited for, so
-        # all slots are read.
-        longest = slots if lengths.is_cuda else min(slots, int(lengths.max()))
-        poisoned = lengths.is_cuda or bool((lengths < longest).any())
+        # On the CPU the lengths are at hand; a GPU would have to be waited for, so all its slots
+        # are read and masked.
+        shortest = longest = slots
+        if not lengths.is_cuda:
+            shortest, longest = (min(slots, int(n)) for n in lengths.aminmax())
+        seen_alike = shortest == longest > 0 and not lengths.is_cuda and self.leftpad is None
+        inside = window_size[0] < 0 or longest <= window_size[0]
+        if seqlen_q == 1 and seen_alike and inside and not (self.ring and longest == slots):
+            return attend(q, k[:, :longest], v[:, :longest], None, softmax_scale, with_lse)
         slot = torch.arange(longest, device=q.device)[None]
         n = lengths[:, None].long()
-        # A ring's slot holds the newest position congruent to it; it is negative where
-        # none was written.
+        # A ring's slot holds the newest position congruent to it, negative if none was written.
         p = n - 1 - (n - 1 - slot) % slots if self.ring else torch.where(slot < n, slot, -1)
         if self.leftpad is not None:
             p = torch.where(p >= self.leftpad[batch, None], p, -1)
-        seqlen_q = q.shape[1]
         i = n - seqlen_q + torch.arange(seqlen_q, device=q.device)[None]
         blocks = []
         for start in range(0, max(seqlen_q, 1), QUERY_BLOCK):
-            stop = start + QUERY_BLOCK
-            high = longest
+            stop, high = start + QUERY_BLOCK, longest
             if not (self.ring or window_size[1] < 0 or lengths.is_cuda):
-                high = max(
-                    0, min(longest, longest - seqlen_q + min(stop, seqlen_q) + window_size[1])
-                )
+                high = min(longest, longest - seqlen_q + min(stop, seqlen_q) + window_size[1])
+                high = max(0, high)
+            visible = visible_keys(i[:, start:stop], p[:, :high], window_size)
+            block, keys, values = q[:, start:stop], k[:, :high], v[:, :high]
             blocks.append(
-                attend(
-                    q[:, start:stop],
-                    k[:, :high],
-                    v[:, :high],
-                    i[:, start:stop],
-                    p[:, :high],
-                    softmax_scale,
-                    window_size,
-                    poisoned,
-                )
+                attend(block, keys, values, visible, softmax_scale, with_lse, not seen_alike)
             )
-        if len(blocks) == 1:
-            return blocks[0]
-        return torch.cat([b[0] for b in blocks], 1), torch.cat([b[1] for b in blocks], 2)
+        return join(blocks)
 
     def _gather(self, cache: Tensor, batch: slice) -> Tensor:
         if self.block_table is not None:
@@ -171,19 +170,25 @@ def flash_attn_with_kvcache(
         view = replace(view, lengths=lengths + k.shape[1])
     if not ring:
         view = replace(view, lengths=view.lengths.clamp(max=slots))
+    with_lse = return_softmax_lse or lse is not None
+    lse_result: Tensor | None
     if starts is None:
-        result, lse_result = view.attend(q, slice(None), scale, window)
+        result, lse_result = view.attend(q, slice(None), scale, window, with_lse)
     else:
         outs, lses = [q[:0]], [q.new_zeros(q.shape[1], 0, dtype=torch.float32)]
         for b, (start, stop) in enumerate(pairwise(starts)):
-            part, part_lse = view.attend(q[None, start:stop], slice(b, b + 1), scale, window)
+            part, part_lse = view.attend(
+                q[None, start:stop], slice(b, b + 1), scale, window, with_lse
+            )
             outs.append(part[0])
-            lses.append(part_lse[0])
-        result, lse_result = torch.cat(outs), torch.cat(lses, 1)
+            if part_lse is not None:
+                lses.append(part_lse[0])
+        result, lse_result = torch.cat(outs), torch.cat(lses, 1) if with_lse else None
     result = deliver(result, out)
-    if return_softmax_lse or lse is not None:
+    if lse_result is not None and with_lse:
         lse_result = deliver(lse_result, lse, "lse")
-    return (result, lse_result) if return_softmax_lse else result
+        return (result, lse_result) if return_softmax_lse else result
+    return result
 
 
 def _check_cache(

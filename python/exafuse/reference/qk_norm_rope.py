@@ -53,7 +53,8 @@ def rotate_fp32(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs ``(i, i + head_dim / 2)`` of ``x [num_tokens, heads, head_dim]`` in fp32."""
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    rotated = torch.addcmul(first * cos, second, sin, value=-1)
+    return torch.cat((rotated, torch.addcmul(second * cos, first, sin)), dim=-1)
 
 
 def _rows(
@@ -72,7 +73,7 @@ def _rows(
     shapes.match("positions", positions, "num_tokens")
     shapes.match("cos", cos, "rows", head_dim // 2)
     shapes.match("sin", sin, "rows", head_dim // 2)
-    return cos[positions].float(), sin[positions].float()
+    return cos.index_select(0, positions).float(), sin.index_select(0, positions).float()
 
 
 def _norm_rope(
@@ -118,7 +119,12 @@ def qk_norm_rope(
     """
     q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
     rows = _rows(cos, sin, positions, q.shape[0], q.shape[2])
-    q, k = _norm_rope(q, q_weight, rows, eps), _norm_rope(k, k_weight, rows, eps)
+    if isinstance(qkv, Tensor) and q_weight is None and k_weight is None and rows is not None:
+        # Without norms q and k are one run of heads: half the work on short inputs.
+        heads = qkv.unflatten(1, (-1, q.shape[2]))[:, : num_heads + num_kv_heads]
+        q, k = _norm_rope(heads, None, rows, eps).split([num_heads, num_kv_heads], dim=1)
+    else:
+        q, k = _norm_rope(q, q_weight, rows, eps), _norm_rope(k, k_weight, rows, eps)
     if out is None:
         return q, k, v
     return deliver(q, out[0], "out[0]"), deliver(k, out[1], "out[1]"), deliver(v, out[2], "out[2]")
@@ -178,8 +184,11 @@ def write_cache(
     shapes.match("v_cache", v_cache, "rows", "slots", "num_kv_heads", "head_dim")
     shapes.match("slot_mapping", slot_mapping, "num_tokens")
     rows, slots = k_cache.shape[:2]
-    valid = (slot_mapping >= 0) & (slot_mapping < rows * slots)
-    if not bool(valid.all()):
+    if slot_mapping.numel() == 0:
+        return
+    low, high = (int(bound) for bound in slot_mapping.aminmax())
+    if low < 0 or high >= rows * slots:
+        valid = (slot_mapping >= 0) & (slot_mapping < rows * slots)
         k, v, slot_mapping = k[valid], v[valid], slot_mapping[valid]
     index = (slot_mapping // slots, slot_mapping % slots)
     k_cache.index_put_(index, k)
