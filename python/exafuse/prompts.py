@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exafuse.batch import check_ids
 from exafuse.strict_json import shorten
 
-_INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _ACCEPTED = "token ids [batch, seq], a list of ints, a list of such lists, or a tokenizer's output"
 
 
@@ -71,8 +71,8 @@ def read_prompt(
         TypeError: something that holds no ids, such as a str.
     """
     if isinstance(ids, np.ndarray):
-        if ids.dtype.kind not in "iu":
-            raise ValueError(f"input_ids: expected integers (int64), got numpy {ids.dtype}")
+        if ids.dtype.kind != "i":
+            raise ValueError(f"input_ids: expected int64 token ids, got numpy {ids.dtype}")
         ids = torch.from_numpy(ids)
     if isinstance(ids, Tensor):
         batch, mask = _checked_tensor(ids, vocab_size), _mask_of(attention_mask, ids.dim() == 1)
@@ -103,18 +103,9 @@ def read_prompt(
 
 
 def _checked_tensor(ids: Tensor, vocab_size: int) -> Tensor:
-    if ids.dtype not in _INTEGER_DTYPES:
-        raise ValueError(f"input_ids: expected integers (int64), got {ids.dtype}")
     batch = ids[None] if ids.dim() == 1 else ids
-    if batch.dim() != 2 or batch.numel() == 0:
-        raise ValueError(
-            f"input_ids: expected [batch, seq] with at least one token, got {list(ids.shape)}"
-        )
-    batch = batch.long()
-    if int(batch.min()) < 0 or int(batch.max()) >= vocab_size:
-        row, column = ((batch < 0) | (batch >= vocab_size)).nonzero()[0].tolist()
-        raise _id_error(int(batch[row, column]), row, column, vocab_size)
-    return batch
+    check_ids(batch, vocab_size)
+    return batch.long()
 
 
 def _checked_rows(ids: object, vocab_size: int) -> list[list[int]]:
