@@ -351,7 +351,7 @@ PROBES: dict[str, dict[str, Probe]] = {
 
 
 def _problems(result: Mapping[str, Any]) -> list[str]:
-    """Failed probes, missing or old libraries, and what keeps the kernels off a GPU that is there."""
+    """Failed probes, missing or old libraries, and what keeps kernels off a GPU that is there."""
     problems = [
         f"{section}, {name}: {value['error']}"
         for section in PROBES

@@ -1,0 +1,340 @@
+"""Does a checkpoint give what it should here? Two computations on the same weights, compared.
+
+In fp32 the two sides are held against each other directly. In bf16 and fp16 two correct programs
+differ by their roundings, so both are held against an fp32 run, and the side under test may not be
+farther from it than the other one times a small factor.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exafuse.config import ModelConfig, load_config
+from exafuse.errors import TemplateError
+from exafuse.hub import resolve_folder
+from exafuse.verify_report import Report, compare_fp32, compare_half
+from exafuse.verify_sides import Trace, run_side
+
+SIDES = ("reference", "transformers", "cuda", "emulated")
+PROMPT = (
+    "The oldest lighthouse on this coast was built of limestone in 1843. Its keepers wrote down the"
+    " weather four times a day, and their books, of which sixty-one survive, tell of storms, fogs"
+    " and 27 shipwrecks. The keeper's daughter"
+)
+
+
+def verify(
+    folder_or_name: str | Path,
+    against: str | None = None,
+    *,
+    prompt: str | None = None,
+    tokens: int = 64,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    backend: str = "auto",
+    progress: bool = False,
+) -> Report:
+    """Compare a checkpoint's output with another computation on the same weights.
+
+    Args:
+        folder_or_name: as for ``from_pretrained``.
+        against: "reference" (plain PyTorch), "transformers", "cuda" or "emulated"; None =
+            reference if the backend is cuda or emulated, else transformers.
+        prompt: text that both sides read; None = a built-in one, or random tokens for a
+            checkpoint without tokenizer.
+        tokens: how many greedy tokens to decode after it, one at a time. Both sides are fed those
+            of the other side, so that one near tie does not hide the rest.
+        dtype, device, backend: of the side under test, as for ``from_pretrained``.
+        progress: show bars while loading.
+
+    Raises:
+        ValueError: a side against itself, or unknown names.
+        Whatever ``from_pretrained`` raises.
+    """
+    folder = resolve_folder(folder_or_name)
+    config = load_config(folder)
+    ids = _prompt_ids(folder, config, prompt)
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "progress": progress}
+    return compare_folder(
+        folder, str(folder_or_name), ids, tokens, backend=backend, against=against, **options
+    )
+
+
+def compare_folder(
+    folder: Path,
+    name: str,
+    ids: Tensor,
+    tokens: int,
+    *,
+    backend: str = "auto",
+    against: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+    prefill_chunk: int | None = None,
+) -> Report:
+    """:func:`verify` on prompt ids ``[1, prompt_tokens]`` int64; ``name`` stands in the report.
+
+    ``prefill_chunk`` makes our models read the prompt in pieces of so many tokens.
+    """
+    config = load_config(folder)
+    _check_lengths(ids.shape[1], tokens, config)
+    kind = _dtype_name(dtype, config)
+    place = _device(device, backend)
+    side = _path_of(backend, place)
+    against = (
+        ("transformers" if side == "reference" else "reference") if against is None else against
+    )
+    _check_sides(side, against, kind, config)
+    common: dict[str, Any] = {"device": place, "progress": progress, "chunk": prefill_chunk}
+
+    def run(which: str, precision: str, forced: tuple[int, ...] | None) -> Trace:
+        return run_side(which, folder, ids, tokens, forced, precision, kind, **common)
+
+    notes = _notes(config, ids.shape[1] + tokens)
+    build: Callable[..., Report] = compare_fp32
+    if kind == "float32":
+        other = run(against, kind, None)
+        traces = [run(side, kind, other.tokens), other]
+    else:
+        yardstick = "transformers" if against == "transformers" else "reference"
+        tested = against if side == yardstick else side
+        truth = run(yardstick, "float32", None)
+        traces = [run(which, kind, truth.tokens) for which in (tested, yardstick)] + [truth]
+        side, against = tested, yardstick
+        build = compare_half
+    return build(
+        *traces,
+        config,
+        model=name,
+        side=side,
+        against=against,
+        dtype=kind,
+        device=str(place),
+        num_prompt_tokens=ids.shape[1],
+        num_tokens=tokens,
+        notes=notes,
+    )
+
+
+# ---- arguments ------------------------------------------------------------------------------
+
+
+def _prompt_ids(folder: Path, config: ModelConfig, prompt: str | None) -> Tensor:
+    from exafuse.chat_loading import load_processor
+
+    try:
+        tokenizer = load_processor(folder)
+    except TemplateError:
+        if prompt is not None:
+            raise
+        return random_ids(48, config.vocab_size)
+    ids = tokenizer(PROMPT if prompt is None else prompt, return_tensors="pt")["input_ids"]
+    if ids.shape[1] == 0:
+        raise ValueError("prompt: expected at least one token, got an empty text")
+    result: Tensor = ids
+    return result
+
+
+def random_ids(count: int, vocab_size: int, seed: int = 0) -> Tensor:
+    """int64 ``[1, count]``."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (1, count), generator=generator)
+
+
+def _check_lengths(num_prompt_tokens: int, tokens: int, config: ModelConfig) -> None:
+    if tokens < 1:
+        raise ValueError(f"tokens: expected at least 1, got {tokens}")
+    if num_prompt_tokens + tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"{num_prompt_tokens} prompt tokens and {tokens} more exceed the model's"
+            f" {config.max_position_embeddings} positions: shorten the prompt or lower --tokens"
+        )
+
+
+def _check_sides(side: str, against: str, dtype: str, config: ModelConfig) -> None:
+    if against not in SIDES:
+        raise ValueError(f"against: expected one of {', '.join(SIDES)}, got {against!r}")
+    if against == side:
+        raise ValueError(
+            f"against: the backend here is {side!r} already, and a side compared with itself proves"
+            " nothing; choose another"
+        )
+    if dtype != "float32" and against != "transformers" and "reference" not in (side, against):
+        raise ValueError(
+            f"against: in {dtype} compare {side} and {against} with the reference, one at a time"
+        )
+    if against == "transformers" and config.sliding_window == 1 and config.num_layers:
+        raise ValueError(
+            "against: transformers keeps the wrong keys for a window of 1 token; compare with the"
+            " reference"
+        )
+
+
+def _dtype_name(dtype: str | torch.dtype | None, config: ModelConfig) -> str:
+    name = config.dtype if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype: expected auto, bfloat16, float16 or float32, got {dtype!r}")
+    return name
+
+
+def _device(device: str | torch.device | None, backend: str) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    if backend == "emulated":
+        return torch.device("cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _path_of(backend: str, device: torch.device) -> str:
+    """The side that ``backend`` means on ``device``."""
+    if backend in ("reference", "cuda", "emulated"):
+        return backend
+    if backend != "auto":
+        raise ValueError(f"backend: expected auto, cuda, emulated or reference, got {backend!r}")
+    from exafuse import ops
+
+    path: str = ops.path_for(device)
+    return path
+
+
+def _notes(config: ModelConfig, length: int) -> tuple[str, ...]:
+    windows = {plan.window_size[0] + 1 for plan in config.layers if plan.window_size[0] >= 0}
+    return tuple(
+        f"{length} tokens do not reach the end of the window of {window}: its edge is not tested"
+        for window in sorted(windows)
+        if length <= window
+    )
+
+
+# ---- tiny models ----------------------------------------------------------------------------
+
+_TINY = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+_S, _F = "sliding_attention", "full_attention"
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# One model per thing that can be wrong in a family; prompt and ring are longer than every window.
+TINY_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama, llama3 RoPE scaling, biases": _TINY
+    | {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "head_dim": 16,
+        "hidden_size": 96,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_scaling": _LLAMA3,
+    },
+    "qwen2, windows, tied embeddings": _TINY
+    | {
+        "model_type": "qwen2",
+        "num_hidden_layers": 3,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "max_window_layers": 1,
+        "tie_word_embeddings": True,
+    },
+    "exaone4, windows with RoPE and global layers without": _TINY
+    | {
+        "model_type": "exaone4",
+        "num_hidden_layers": 4,
+        "sliding_window": 5,
+        "sliding_window_pattern": "LLLG",
+        "layer_types": [_S, _S, _S, _F],
+        "rope_scaling": _LLAMA3,
+    },
+    "exaone4, global, tied embeddings": _TINY
+    | {
+        "model_type": "exaone4",
+        "num_hidden_layers": 3,
+        "sliding_window": None,
+        "layer_types": [_F, _F, _F],
+        "tie_word_embeddings": True,
+    },
+}
+TINY_PROMPT_TOKENS = 150
+TINY_CHUNK = 16  # several prefill chunks, and a ring of 128 slots that wraps
+
+
+def verify_tiny(
+    family: str = "all",
+    against: str | None = None,
+    *,
+    tokens: int = 64,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    backend: str = "auto",
+) -> Iterator[Report]:
+    """:func:`verify` on tiny random models of one family or "all", written to a temporary folder
+    and loaded from there by both sides; yields one report per entry of ``TINY_CONFIGS``."""
+    families = sorted({str(values["model_type"]) for values in TINY_CONFIGS.values()})
+    if family not in ("all", *families):
+        raise ValueError(f"family: expected all, {', '.join(families)}, got {family!r}")
+    for name, values in TINY_CONFIGS.items():
+        if family not in ("all", values["model_type"]):
+            continue
+        with tempfile.TemporaryDirectory(prefix="exafuse-tiny-") as folder:
+            make_tiny(values, Path(folder), dtype)
+            yield compare_folder(
+                Path(folder),
+                f"tiny {name}",
+                random_ids(TINY_PROMPT_TOKENS, values["vocab_size"]),
+                tokens,
+                backend=backend,
+                against=against,
+                dtype=dtype,
+                device=device,
+                prefill_chunk=TINY_CHUNK,
+            )
+
+
+def make_tiny(
+    values: dict[str, Any], folder: Path, dtype: str | torch.dtype | None = None, seed: int = 0
+) -> None:
+    """Write a random checkpoint for the config ``values``; nothing in it is 0 or 1.
+
+    Norms and biases are random too, since at their initial values they hide mistakes, and the head
+    is scaled so that logits spread as in a trained model (standard deviation about 3).
+    """
+    from exafuse.models import from_config
+
+    config = load_config(values)
+    kind = "float32" if dtype in (None, "auto") else dtype
+    model = from_config(config, dtype=kind, device="cpu", backend="reference")
+    generator = torch.Generator().manual_seed(seed)
+    head = 3 / math.sqrt(config.hidden_size)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                noise = 1 + 0.3 * noise
+            elif name.endswith("bias"):
+                noise = 0.1 * noise
+            elif "embed_tokens" in name or "lm_head" in name:
+                noise = head * noise
+            else:
+                noise = 0.08 * noise
+            parameter.copy_(noise)
+    model.save_pretrained(folder)
