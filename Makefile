@@ -83,10 +83,15 @@ install: $(STAMPS)/test
 demo: demo-words $(STAMPS)/demo
 	@$(BIN)/python tests/fetch_smollm2.py --out $(MODEL)
 	@echo; echo "== generate: the model's own words"
-	$(BIN)/exafuse generate $(MODEL) "What is the capital of France?" --chat --max-new-tokens 32
+	$(BIN)/exafuse generate $(MODEL) "What is the capital of France?" --temperature 0 \
+	  --max-new-tokens 32 | tee $(STAMPS)/answer
+	@grep -q Paris $(STAMPS)/answer || { echo "expected an answer with Paris in it"; exit 1; }
 	@echo; echo "== verify: 64 greedy tokens against transformers, float32"
-	$(BIN)/exafuse verify $(MODEL) --against transformers --dtype float32 --max-new-tokens 64
-	@$(if $(GPU_ARCHS),$(BIN)/exafuse verify $(MODEL) --against reference)
+	$(BIN)/exafuse verify $(MODEL) --against transformers --dtype float32 --tokens 64
+ifneq ($(GPU_ARCHS),)
+	@echo; echo "== verify: kernels against plain PyTorch, on this GPU"
+	$(BIN)/exafuse verify $(MODEL) --against reference --dtype bfloat16
+endif
 	@echo; echo "== verify: tiny models of every family"
 	$(BIN)/exafuse verify --tiny all
 	@echo; echo "== which kernels ran where"
