@@ -83,7 +83,7 @@ def load_config(source: str | Path | Mapping[str, object]) -> ModelConfig:
         values, name = source, "config"
     elif isinstance(source, str | os.PathLike):
         path = Path(source)
-        path = path / "config.json" if path.is_dir() else path
+        path = path / "config.json" if os.path.isdir(path) else path
         values, name = read_json(path, "model configuration", CONFIG_LIMIT_BYTES), str(path)
     else:
         got = type(source).__name__
@@ -104,8 +104,8 @@ def load_config(source: str | Path | Mapping[str, object]) -> ModelConfig:
 
 
 def _read_model_type(fields: Fields) -> ModelType:
-    model_type = fields.string("model_type", REQUIRED)
-    if model_type not in _DEFAULTS:
+    model_type = fields.raw("model_type")
+    if not isinstance(model_type, str) or model_type not in _DEFAULTS:
         raise fields.error("model_type", f"one of {', '.join(_DEFAULTS)}")
     return cast(ModelType, model_type)
 

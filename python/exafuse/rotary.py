@@ -171,12 +171,13 @@ def _dynamic(
     factor = _given(rope.factor, "factor")
     power = head_dim / (head_dim - 2)
     if length is None or length <= max_positions:
-        ratio = factor * max_positions / max_positions - (factor - 1)
-        return 1.0 / (rope.theta * ratio**power) ** exponents
+        base = rope.theta * float((factor * max_positions / max_positions - (factor - 1)) ** power)
+        powers: Tensor = base**exponents
+        return 1.0 / powers
     # transformers has the length as an integer tensor here, so that the base is computed in fp32.
     stretched = torch.tensor(length, dtype=torch.float32) * factor / max_positions
-    base: Tensor = rope.theta * (stretched - (factor - 1)) ** power
-    return 1.0 / base**exponents
+    powers = (rope.theta * (stretched - (factor - 1)) ** power) ** exponents
+    return 1.0 / powers
 
 
 def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ def read_json(
 ) -> Any:
     """The value in the JSON file ``path``, as strict as ``parse_json``.
 
-    Refused, with an ``error`` that names the file: no such file, not a regular file (a FIFO does not
-    block), more than ``limit_bytes``. ``what`` says in the message what the file is for.
+    Refused, with an ``error`` that names the file: no such file, not a regular file (a FIFO does
+    not block), more than ``limit_bytes``. ``what`` says in the message what the file is for.
     """
     return parse_json(
         _read_regular_file(path, what, limit_bytes, error), f"{_printable(path)}: {what}", error
@@ -51,7 +51,7 @@ def parse_json(data: bytes | bytearray, what: str, error: type[ExafuseError] = C
 
     Refused, with an ``error`` that begins with ``what``: a byte-order mark, not UTF-8, a key that
     occurs twice in one object, NaN and Infinity literals, numbers beyond the range of a float,
-    integers of thousands of digits, nesting deeper than the parser's stack, anything after the value.
+    integers of thousands of digits, nesting deeper than the parser's stack, text after the value.
     """
 
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def parse_json(data: bytes | bytearray, what: str, error: type[ExafuseError] = C
             seen: set[str] = set()
             for key, _ in pairs:
                 if key in seen:
-                    raise error(f"{what}: the key {shorten(key)} occurs twice in one object")
+                    raise error(f"{what}: expected each key once, got {shorten(key)} twice")
                 seen.add(key)
         return result
 
@@ -102,11 +102,14 @@ def _read_regular_file(path: Path, what: str, limit_bytes: int, error: type[Exaf
     except (OSError, ValueError) as exc:  # ValueError: a NUL byte in the path
         reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
         raise error(f"{name}: {what}: cannot open the file ({reason})") from None
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise error(f"{name}: {what}: expected a regular file, got a folder, pipe or device")
-        data = file.read(limit_bytes + 1) if status.st_size <= limit_bytes else b""
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(limit_bytes + 1) if status.st_size <= limit_bytes else b""
+    finally:
+        os.close(descriptor)
     size = max(status.st_size, len(data))
     if size > limit_bytes:
         raise error(f"{name}: {what}: expected at most {limit_bytes:,} bytes, got {size:,}")
@@ -116,4 +119,5 @@ def _read_regular_file(path: Path, what: str, limit_bytes: int, error: type[Exaf
 def _printable(path: Path) -> str:
     """The path for a message: a NUL byte or a lone surrogate in it must not break the printing."""
     text = str(path)
-    return text if text.isprintable() else ascii(text)[1:-1]
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) < 1000 else f"{text[:200]}...{text[-200:]}"
