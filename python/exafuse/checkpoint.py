@@ -223,7 +223,7 @@ def _read_index(root: Path) -> dict[str, str]:
             raise CheckpointError(f"{what}: {size} bytes, at most {JSON_LIMIT_BYTES} are read")
         data = bytearray(size)
         read_bytes(file, 0, memoryview(data), what)
-    index = parse_bounded_json(bytes(data), what)
+    index = parse_bounded_json(data, what)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{what}: weight_map: expected an object of tensor and file names")

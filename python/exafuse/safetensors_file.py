@@ -83,7 +83,7 @@ def first_five(names: list[str]) -> str:
     return ", ".join(quote(name) for name in names[:5]) + more
 
 
-def parse_bounded_json(data: bytes, what: str) -> Any:
+def parse_bounded_json(data: bytes | bytearray, what: str) -> Any:
     """Strict JSON whose parsed form stays small; ``what`` names the file in every error."""
     # Every value but the outermost stands behind one of these bytes, so this bounds their number
     # before any of them becomes an object.
@@ -133,7 +133,7 @@ def read_header(file: io.FileIO, file_name: str, what: str) -> dict[str, TensorI
     read_bytes(file, 8, memoryview(header), what)
     if not header.startswith(b"{"):
         raise CheckpointError(f"{what}: header: expected a JSON object that starts with '{{'")
-    entries = parse_bounded_json(bytes(header), f"{what}: header")
+    entries = parse_bounded_json(header, f"{what}: header")
     _check_metadata(entries.pop("__metadata__", {}), what)
     data_start = 8 + header_bytes
     infos = [
