@@ -44,9 +44,10 @@ class Packing:
     def pad(self, x: Tensor) -> Tensor:
         """``[num_tokens, ...]`` -> ``[batch, columns, ...]``, zeros where there is no token."""
         if self.index is None:
-            return x.unflatten(0, (self.batch, self.columns))
+            return x.view(self.batch, self.columns, *x.shape[1:])
         flat = x.new_zeros(self.batch * self.columns, *x.shape[1:])
-        return flat.index_put((self.index,), x).unflatten(0, (self.batch, self.columns))
+        padded = flat.index_put((self.index,), x)
+        return padded.view(self.batch, self.columns, *x.shape[1:])
 
     def last_tokens(self, device: torch.device) -> Tensor:
         """int64 ``[batch]``, packed index of each row's last token."""
@@ -108,7 +109,7 @@ def padding_mask(attention_mask: Tensor, batch: int, columns: int, seen: int) ->
 
 
 def check_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """Raise unless ``input_ids`` is a non-empty integer ``[batch, columns]`` inside the vocabulary."""
+    """Raise unless ``input_ids [batch, columns]`` holds integers inside the vocabulary."""
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"input_ids: expected a torch.Tensor, got {type(input_ids).__name__}")
     if input_ids.dtype not in (torch.int64, torch.int32):

@@ -96,7 +96,7 @@ class Attention(nn.Module):
                 slot_mapping=step.slot_mappings[cache.k.shape[1]],
             )
             if step.cu_seqlens is None:
-                q = q.unflatten(0, (-1, step.max_seqlen))
+                q = q.view(-1, step.max_seqlen, self.num_heads, self.head_dim)
             out = backend.flash_attn_with_kvcache(
                 q,
                 cache.k,

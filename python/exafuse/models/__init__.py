@@ -8,12 +8,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from exafuse import hub, memory, ops, reference, weights
 from exafuse.config import ModelConfig, load_config
 from exafuse.errors import ConfigError
 from exafuse.generation import GenerationConfig
+from exafuse.layers import RMSNorm
 from exafuse.models.causal_lm import LAYERS, CausalLM
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -111,7 +112,7 @@ def from_config(
             nn.init.normal_(module.weight, std=config.initializer_range, generator=generator)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(getattr(module, "weight", None), Tensor):
+        elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
     model.generation_config = GenerationConfig.from_model_config(config)
     return model

@@ -76,7 +76,8 @@ class TextModel(nn.Module):
             x, _ = backend.add_rms_norm(delta, x, self.norm.weight, self.norm.eps)
         if collect is not None:
             collect.append(x)
-        return x
+        hidden: Tensor = x
+        return hidden
 
 
 class CausalLM(nn.Module):
@@ -207,7 +208,8 @@ class CausalLM(nn.Module):
         )
         cache.advance(packing.lengths, packing.columns)
         try:
-            return self.model(embeds, step, self.backend, collect)
+            hidden: Tensor = self.model(embeds, step, self.backend, collect)
+            return hidden
         except BaseException:
             # Ctrl-C or an error between layers: the tokens of this call were never seen.
             cache.lengths, cache.seqlens, cache.seen = before

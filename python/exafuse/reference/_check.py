@@ -18,17 +18,19 @@ class Shapes:
     def match(self, name: str, tensor: Tensor, *dims: str | int) -> None:
         """Raise ValueError unless ``tensor`` has the shape ``dims``; ``"..."`` first means any
         leading."""
-        shape = tuple(tensor.shape)
+        shape = tuple(tensor.shape)  # a torch.Size is slower to walk
         pattern = dims
-        if pattern and pattern[0] == "...":
+        if pattern[0] == "...":
             pattern = dims[1:]
-            shape = shape[len(shape) - len(pattern) :] if len(shape) >= len(pattern) else ()
-        if len(shape) != len(pattern):
+            shape = shape[-len(pattern) :]
+        ok = len(shape) == len(pattern)
+        if ok:
+            known = self.known
+            for size, dim in zip(shape, pattern, strict=True):
+                if size != (dim if isinstance(dim, int) else known.setdefault(dim, size)):
+                    ok = False
+        if not ok:
             raise ValueError(self._message(name, dims, tensor))
-        for size, dim in zip(shape, pattern, strict=True):
-            wanted = dim if isinstance(dim, int) else self.known.setdefault(dim, size)
-            if wanted != size:
-                raise ValueError(self._message(name, dims, tensor))
 
     def _message(self, name: str, dims: tuple[str | int, ...], tensor: Tensor) -> str:
         words = [f"{d}={self.known[d]}" if d in self.known else str(d) for d in dims]

@@ -58,7 +58,7 @@ def attend(
     queries = q.permute(0, 2, 1, 3).float() * softmax_scale
     scores = queries.reshape(batch, num_kv_heads, rows, head_dim) @ keys
     if visible is not None:
-        by_head = scores.unflatten(2, (-1, seqlen_q))
+        by_head = scores.view(batch, num_kv_heads, num_heads // num_kv_heads, seqlen_q, k.shape[1])
         scores = by_head.masked_fill(~visible[:, None, None], float("-inf")).flatten(2, 3)
         if poisoned:  # 0 * NaN would leak out of a slot never written
             values = values.masked_fill(~visible.any(1)[:, None, :, None], 0.0)
@@ -93,7 +93,7 @@ def refuse(**unsupported: object) -> None:
     """Raise for every flash-attn argument that is set but not implemented: none is ever
     ignored."""
     for name, value in unsupported.items():
-        if value is not None and value != 0.0 and value is not False:
+        if isinstance(value, Tensor) or value not in (None, 0.0, False):
             raise ValueError(f"{name}: not implemented here, expected it to be left at its default")
 
 

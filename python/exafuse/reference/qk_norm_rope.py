@@ -25,28 +25,21 @@ def split_qkv(qkv: Qkv, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tens
                 f"{total_heads} heads in all, got {tuple(qkv.shape)}"
             )
         head_dim = qkv.shape[1] // total_heads
-        parts = qkv.unflatten(1, (total_heads, head_dim)).split(
-            [num_heads, num_kv_heads, num_kv_heads], dim=1
-        )
-        return parts[0], parts[1], parts[2]
-    q, k, v = qkv
-    for name, tensor, heads in (
-        ("q", q, num_heads),
-        ("k", k, num_kv_heads),
-        ("v", v, num_kv_heads),
+        heads = qkv.view(-1, total_heads, head_dim)
+        last_k = num_heads + num_kv_heads
+        return heads[:, :num_heads], heads[:, num_heads:last_k], heads[:, last_k:]
+    split = []
+    for name, tensor, heads in zip(
+        "qkv", qkv, (num_heads, num_kv_heads, num_kv_heads), strict=True
     ):
-        check_float(name, tensor, q.dtype)
+        check_float(name, tensor, qkv[0].dtype)
         if tensor.dim() != 2 or tensor.shape[1] % heads:
             raise ValueError(
                 f"{name}: expected (num_tokens, {heads} * head_dim), got {tuple(tensor.shape)}"
             )
-        shapes.match(name, tensor.unflatten(1, (heads, -1)), "num_tokens", heads, "head_dim")
-    head_dim = shapes.known["head_dim"]
-    return (
-        q.unflatten(1, (num_heads, head_dim)),
-        k.unflatten(1, (num_kv_heads, head_dim)),
-        v.unflatten(1, (num_kv_heads, head_dim)),
-    )
+        split.append(tensor.view(tensor.shape[0], heads, tensor.shape[1] // heads))
+        shapes.match(name, split[-1], "num_tokens", heads, "head_dim")
+    return split[0], split[1], split[2]
 
 
 def rotate_fp32(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -121,8 +114,11 @@ def qk_norm_rope(
     rows = _rows(cos, sin, positions, q.shape[0], q.shape[2])
     if isinstance(qkv, Tensor) and q_weight is None and k_weight is None and rows is not None:
         # Without norms q and k are one run of heads: half the work on short inputs.
-        heads = qkv.unflatten(1, (-1, q.shape[2]))[:, : num_heads + num_kv_heads]
-        q, k = _norm_rope(heads, None, rows, eps).split([num_heads, num_kv_heads], dim=1)
+        heads = qkv.view(q.shape[0], num_heads + 2 * num_kv_heads, q.shape[2])[
+            :, : num_heads + num_kv_heads
+        ]
+        heads = _norm_rope(heads, None, rows, eps)
+        q, k = heads[:, :num_heads], heads[:, num_heads:]
     else:
         q, k = _norm_rope(q, q_weight, rows, eps), _norm_rope(k, k_weight, rows, eps)
     if out is None:
@@ -190,9 +186,11 @@ def write_cache(
     if low < 0 or high >= rows * slots:
         valid = (slot_mapping >= 0) & (slot_mapping < rows * slots)
         k, v, slot_mapping = k[valid], v[valid], slot_mapping[valid]
-    index = (slot_mapping // slots, slot_mapping % slots)
-    k_cache.index_put_(index, k)
-    v_cache.index_put_(index, v)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        if cache.stride(0) == slots * cache.stride(1):
+            cache.view(rows * slots, *cache.shape[2:]).index_copy_(0, slot_mapping, new)
+        else:
+            cache.index_put_((slot_mapping // slots, slot_mapping % slots), new)
 
 
 def apply_rope(
