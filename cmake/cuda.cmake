@@ -47,11 +47,18 @@ set_property(GLOBAL APPEND PROPERTY JOB_POOLS cuda=${cuda_jobs})
 # What every target with kernels has in common.
 function(exafuse_cuda_target target)
   target_include_directories(${target} PRIVATE "${PROJECT_SOURCE_DIR}/csrc")
+  target_include_directories(
+    ${target} SYSTEM PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES}>")
+  set(warnings -Wall -Wextra)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    list(APPEND warnings -Wno-restrict)  # GCC 12 gives it for any std::string "a" + b
+  endif()
+  list(JOIN warnings "," host_warnings)
   target_compile_options(
     ${target}
-    PRIVATE
-      "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra;-Xptxas=-warn-spills>"
-      "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra>")
+    PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-Xcompiler=${host_warnings}>"
+            "$<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-warn-spills>"
+            "$<$<COMPILE_LANGUAGE:CXX>:${warnings}>")
   set_target_properties(
     ${target}
     PROPERTIES CXX_VISIBILITY_PRESET hidden
