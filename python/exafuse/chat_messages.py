@@ -35,7 +35,26 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
                 f"messages[{position}]: role: expected a plain name such as 'user', "
                 f"got {shorten(role)}"
             )
+        _check_content(f"messages[{position}]", role, message)
     return [dict(message) for message in messages]
+
+
+def _check_content(where: str, role: str, message: Message) -> None:
+    content = message.get("content")
+    if content is None:
+        if role != "assistant":  # whose turn may consist of tool calls
+            raise ValueError(
+                f"{where}: expected the key 'content' in a message of role {role!r}, "
+                f"got {shorten(sorted(map(str, message)))}"
+            )
+    elif role != "tool" and not isinstance(content, str):  # a tool may return any JSON
+        if not isinstance(content, list | tuple):
+            raise TypeError(f"{where}: content: expected a text or a list, got {shorten(content)}")
+        if not all(isinstance(part, Mapping) for part in content):
+            raise TypeError(
+                f"{where}: content: expected parts such as {{'type': 'text', 'text': ...}}, "
+                f"got {shorten(content)}"
+            )
 
 
 def tool_schemas(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
