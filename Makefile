@@ -112,7 +112,7 @@ $(STAMPS)/emulator-%: $(EMULATOR_FILES) | $(STAMPS)/test
 	$(BIN)/python tests/emulator/build.py --variant $*
 	@touch $@
 
-emulator: $(STAMPS)/emulator-plain $(STAMPS)/emulator-asan $(STAMPS)/emulator-tsan
+emulator: $(foreach variant,plain fast asan tsan,$(STAMPS)/emulator-$(variant))
 
 test: $(STAMPS)/test emulator
 	@$(BIN)/python tests/fetch_smollm2.py --out $(MODEL)
