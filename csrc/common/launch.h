@@ -1,6 +1,7 @@
-// Everything between a host function and the CUDA runtime: launching, device guard, device properties,
-// the size of shared memory. tests/emulator has a file of the same name with the same signatures, so
-// that one kernel source serves both; this one compiles under nvcc and under a plain host compiler.
+// Everything between a host function and the CUDA runtime: launching, device guard, device
+// properties, the size of shared memory. tests/emulator has a file of the same name with the same
+// signatures, so that one kernel source serves both; this one compiles under nvcc and under a plain
+// host compiler.
 //
 // Shared memory. A kernel describes its arrays once, in a struct that takes them from an arena:
 //
@@ -12,8 +13,8 @@
 //     }
 //   };
 //
-// In the kernel: `SharedArena arena; Scratch scratch = Scratch::take_from(arena);` (ptx.cuh). On the
-// host: `LaunchConfig{..., .smem_bytes = shared_bytes<Scratch>()}`. Both walk the same list.
+// In the kernel: `SharedArena arena; Scratch scratch = Scratch::take_from(arena);` (ptx.cuh). On
+// the host: `LaunchConfig{..., .smem_bytes = shared_bytes<Scratch>()}`. Both walk the same list.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,6 +38,8 @@ namespace exafuse {
 // Where the kernels of this build run; host functions refuse tensors that live elsewhere.
 inline constexpr DeviceType kKernelDevice = DeviceType::kCUDA;
 inline constexpr const char* kBackendName = "cuda";
+// Of the toolkit, as 1000 * major + 10 * minor; 0 for a build without CUDA.
+inline constexpr int kCudaVersion = CUDART_VERSION;
 
 inline constexpr int kMaxBlockThreads = 1024;
 // Dynamic shared memory that a kernel may use without opting in.
@@ -61,7 +64,7 @@ struct DeviceProperties {
   int arch() const { return major * 10 + minor; }
 };
 
-// --- shared memory ----------------------------------------------------------------------------------
+// --- shared memory ------------------------------------------------------------------------------
 
 // Where the next array of an arena starts; the one rule that host and device share.
 constexpr int align_shared(int offset, int alignment) {
@@ -93,15 +96,15 @@ constexpr int shared_bytes() {
   return size.bytes;
 }
 
-// --- errors -----------------------------------------------------------------------------------------
+// --- errors -------------------------------------------------------------------------------------
 
 [[noreturn]] inline void throw_cuda_error(cudaError_t error, const std::string& what) {
   std::string message = what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error);
   if (error == cudaErrorInsufficientDriver) {
     int driver = 0;
     cudaDriverGetVersion(&driver);
-    message += ". The extension was built with CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
-               std::to_string(CUDART_VERSION % 1000 / 10) + ", the driver offers " +
+    message += ". The extension was built with CUDA " + std::to_string(CUDART_VERSION / 1000) +
+               "." + std::to_string(CUDART_VERSION % 1000 / 10) + ", the driver offers " +
                (driver == 0 ? std::string("none")
                             : "CUDA " + std::to_string(driver / 1000) + "." +
                                   std::to_string(driver % 1000 / 10)) +
@@ -119,7 +122,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
   }
 }
 
-// --- devices ----------------------------------------------------------------------------------------
+// --- devices ------------------------------------------------------------------------------------
 
 // Makes a device current for the scope and restores the previous one.
 class DeviceGuard {
@@ -178,7 +181,7 @@ inline std::string device_problem() {
   }
 }
 
-// --- launching --------------------------------------------------------------------------------------
+// --- launching ----------------------------------------------------------------------------------
 
 // Number of blocks along x. CUDA ignores or rejects larger grids, so they are refused by name here.
 inline unsigned grid_size(int64_t blocks) {

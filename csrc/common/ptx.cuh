@@ -1,12 +1,12 @@
-// Everything of CUDA that plain C++ lacks, as small wrappers named after the instruction. All inline PTX
-// of the project lives here and nowhere else. tests/emulator has a file of the same name with the same
-// signatures that runs on a CPU, so a wrapper's contract is what its comment says, not what the hardware
-// happens to do: approximate functions may be off by their documented error, collectives need every lane
-// of their mask, an asynchronous copy lands no earlier than its wait.
+// Everything of CUDA that plain C++ lacks, as small wrappers named after the instruction. All
+// inline PTX of the project lives here and nowhere else. tests/emulator has a file of the same name
+// with the same signatures that runs on a CPU, so a wrapper's contract is what its comment says,
+// not what the hardware happens to do: approximate functions may be off by their documented error,
+// collectives need every lane of their mask, an asynchronous copy lands no earlier than its wait.
 //
-// Bands: shared memory, barriers, warp collectives, atomics, memory access, arithmetic, matrix fragments,
-// asynchronous copies, dependent launch. Instructions of sm_90a (mbarrier, TMA, wgmma) get a band of
-// their own at the end when a kernel needs them.
+// Bands: shared memory, barriers, warp collectives, atomics, memory access, arithmetic, matrix
+// fragments, asynchronous copies, dependent launch. Instructions of sm_90a (mbarrier, TMA, wgmma)
+// get a band of their own at the end when a kernel needs them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,7 +24,7 @@ namespace ptx {
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kFullMask = 0xffffffffu;
 
-// --- shared memory ----------------------------------------------------------------------------------
+// --- shared memory ------------------------------------------------------------------------------
 
 // The block's dynamic shared memory; 1024 bytes of alignment serve the widest swizzle.
 __device__ __forceinline__ unsigned char* dynamic_smem() {
@@ -37,7 +37,7 @@ __device__ __forceinline__ uint32_t smem_addr(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// --- barriers ---------------------------------------------------------------------------------------
+// --- barriers -----------------------------------------------------------------------------------
 
 // All threads of the block; orders shared and global memory among them.
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }
@@ -55,9 +55,10 @@ __device__ __forceinline__ void bar_arrive(int id, int num_threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
 
-// --- warp collectives -------------------------------------------------------------------------------
-// Every lane of `mask` must call, at the same place. `width` (a power of two) splits the warp into
-// segments that exchange among themselves.
+// --- warp collectives
+// ------------------------------------------------------------------------------- Every lane of
+// `mask` must call, at the same place. `width` (a power of two) splits the warp into segments that
+// exchange among themselves.
 
 template <class T>
 __device__ __forceinline__ T shfl(T value, int src_lane, int width = kWarpSize,
@@ -120,8 +121,9 @@ __device__ __forceinline__ T reduce_max(T value, unsigned mask = kFullMask) {
   return __reduce_max_sync(mask, value);
 }
 
-// --- atomics ----------------------------------------------------------------------------------------
-// Relaxed, on global or shared memory; each returns the value before.
+// --- atomics
+// ---------------------------------------------------------------------------------------- Relaxed,
+// on global or shared memory; each returns the value before.
 
 // int, unsigned, unsigned long long, float.
 template <class T>
@@ -145,7 +147,7 @@ __device__ __forceinline__ T atomic_exch(T* address, T value) {
   return atomicExch(address, value);
 }
 
-// --- memory access ----------------------------------------------------------------------------------
+// --- memory access ------------------------------------------------------------------------------
 
 // Through the read-only cache: the kernel must not write this memory.
 template <class T>
@@ -154,10 +156,18 @@ __device__ __forceinline__ T ldg(const T* address) {
 }
 
 // One access of sizeof(Word) = 2, 4, 8 or 16 bytes at an address aligned to as much. `Word` is an
-// unsigned integer or vector type, whatever the memory holds; kernels reach these through Vec (vec.cuh).
+// unsigned integer or vector type, whatever the memory holds; kernels reach these through Vec
+// (vec.cuh).
 template <class Word>
 __device__ __forceinline__ Word load_word(const void* address) {
   return *static_cast<const Word*>(address);
+}
+
+// The same through the read-only cache: the kernel must not write this memory. The compiler may
+// move these above stores, which it cannot do with load_word.
+template <class Word>
+__device__ __forceinline__ Word load_word_readonly(const void* address) {
+  return __ldg(static_cast<const Word*>(address));
 }
 
 template <class Word>
@@ -165,7 +175,7 @@ __device__ __forceinline__ void store_word(void* address, Word word) {
   *static_cast<Word*>(address) = word;
 }
 
-// --- arithmetic -------------------------------------------------------------------------------------
+// --- arithmetic ---------------------------------------------------------------------------------
 
 // 2^x; relative error at most 2^-22, subnormal arguments and results kept.
 __device__ __forceinline__ float exp2(float x) {
@@ -181,8 +191,8 @@ __device__ __forceinline__ float exp2_ftz(float x) {
   return y;
 }
 
-// log2(x); absolute error at most 2^-22 for x in [0.5, 2], relative error 2^-22 elsewhere; subnormals
-// count as zero.
+// log2(x); absolute error at most 2^-22 for x in [0.5, 2], relative error 2^-22 elsewhere;
+// subnormals count as zero.
 __device__ __forceinline__ float log2(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -213,16 +223,15 @@ __device__ __forceinline__ __nv_bfloat162 fma(__nv_bfloat162 a, __nv_bfloat162 b
   return __hfma2(a, b, c);
 }
 
-__device__ __forceinline__ __half2 fma(__half2 a, __half2 b, __half2 c) {
-  return __hfma2(a, b, c);
-}
+__device__ __forceinline__ __half2 fma(__half2 a, __half2 b, __half2 c) { return __hfma2(a, b, c); }
 
 // The smaller / larger number; a NaN loses against a number.
 __device__ __forceinline__ float min(float a, float b) { return fminf(a, b); }
 
 __device__ __forceinline__ float max(float a, float b) { return fmaxf(a, b); }
 
-// Two floats rounded to nearest even and packed, `low` in the lower half: the order of mma fragments.
+// Two floats rounded to nearest even and packed, `low` in the lower half: the order of mma
+// fragments.
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float low, float high) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
@@ -235,11 +244,12 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
   return packed;
 }
 
-// --- matrix fragments -------------------------------------------------------------------------------
-// 8x8 matrices of 16-bit elements in shared memory. `row` is the address of one 16-byte row: lane l
-// gives row l % 8 of matrix l / 8 (lanes beyond the last matrix are ignored but must hold a valid
-// address). Register i of lane l receives elements 2 * (l % 4) and 2 * (l % 4) + 1 of row l / 4 of
-// matrix i; with _trans, of the transposed matrix.
+// --- matrix fragments
+// ------------------------------------------------------------------------------- 8x8 matrices of
+// 16-bit elements in shared memory. `row` is the address of one 16-byte row: lane l gives row l % 8
+// of matrix l / 8 (lanes beyond the last matrix are ignored but must hold a valid address).
+// Register i of lane l receives elements 2 * (l % 4) and 2 * (l % 4) + 1 of row l / 4 of matrix i;
+// with _trans, of the transposed matrix.
 
 __device__ __forceinline__ void ldmatrix_x1(uint32_t (&r)[1], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
@@ -343,9 +353,9 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t row, const uint32_t (
 }
 
 // d = a * b + c for one warp: a is 16x16 row-major, b 16x8 column-major, c and d 16x8 fp32. T is
-// __nv_bfloat16 or __half. With g = lane / 4 and t = lane % 4: a[0] holds row g, columns 2t and 2t + 1;
-// a[1] row g + 8; a[2] and a[3] the same rows, columns + 8; b[0] rows 2t and 2t + 1 of column g, b[1]
-// rows + 8; c[0], c[1] row g, columns 2t and 2t + 1; c[2], c[3] row g + 8.
+// __nv_bfloat16 or __half. With g = lane / 4 and t = lane % 4: a[0] holds row g, columns 2t and 2t
+// + 1; a[1] row g + 8; a[2] and a[3] the same rows, columns + 8; b[0] rows 2t and 2t + 1 of column
+// g, b[1] rows + 8; c[0], c[1] row g, columns 2t and 2t + 1; c[2], c[3] row g + 8.
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2], const float (&c)[4]) {
@@ -367,11 +377,11 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
   }
 }
 
-// --- asynchronous copies ----------------------------------------------------------------------------
+// --- asynchronous copies ------------------------------------------------------------------------
 
-// Starts a copy of 16 aligned bytes to shared memory, past the L1 cache. Where `valid` is false nothing
-// is read and the destination becomes zero. The bytes are there after the wait for their group, for
-// other threads after a barrier as well.
+// Starts a copy of 16 aligned bytes to shared memory, past the L1 cache. Where `valid` is false
+// nothing is read and the destination becomes zero. The bytes are there after the wait for their
+// group, for other threads after a barrier as well.
 __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* gmem, bool valid = true) {
   const int source_bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem),
@@ -390,11 +400,12 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// --- dependent launch -------------------------------------------------------------------------------
-// Does nothing before sm_90, or when the kernel was launched without LaunchConfig::pdl.
+// --- dependent launch
+// ------------------------------------------------------------------------------- Does nothing
+// before sm_90, or when the kernel was launched without LaunchConfig::pdl.
 
-// Returns once the preceding kernel of the stream has finished and its memory is visible. Every thread
-// calls it before it first touches global memory, reading or writing.
+// Returns once the preceding kernel of the stream has finished and its memory is visible. Every
+// thread calls it before it first touches global memory, reading or writing.
 __device__ __forceinline__ void griddep_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -1,10 +1,24 @@
-// A tensor as the kernels' host functions see it: pointer, dtype, device, shape and strides. It owns
-// nothing, knows neither Python nor a framework, and is valid during the call that received it only.
+// A tensor as the kernels' host functions see it: pointer, dtype, device, shape and strides. It
+// owns nothing, knows neither Python nor a framework, and is valid during the call that received it
+// only.
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 
 namespace exafuse {
+
+// An argument that is no tensor at all: TypeError in Python. Every other wrong argument is a
+// std::invalid_argument, which becomes ValueError.
+struct WrongType : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+// A tensor without plain memory behind it (fake, meta, wrapped by a transform, a subclass): kernels
+// cannot take it, the caller's framework can.
+struct NotAPlainTensor : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 enum class DType : uint8_t { kBFloat16, kFloat16, kFloat32, kInt32, kInt64, kOther };
 
@@ -20,6 +34,18 @@ struct Device {
 // The caller's CUDA stream; nullptr is the default stream.
 using Stream = void*;
 
+// Numbers as they come from the caller. `wrong_type` is the name of the type of something else,
+// which the check of the argument reports, because only the check knows the argument's name.
+struct Real {
+  double value = 0;
+  const char* wrong_type = nullptr;
+};
+
+struct Count {
+  int64_t value = 0;
+  const char* wrong_type = nullptr;
+};
+
 struct Tensor {
   static constexpr int kMaxDims = 8;
 
@@ -31,8 +57,7 @@ struct Tensor {
   Device device;
   // Asks the caller's framework which stream it works on; nullptr where there are no streams.
   Stream (*stream_of)(Device) = nullptr;
-  // Set when the caller passed something that is no tensor: the name of its type. The first check of
-  // the argument reports it, because only the check knows the argument's name.
+  // As in Real. No other member may be read then; every shape check looks at this first.
   const char* wrong_type = nullptr;
 
   // Size and stride of a dimension; negative counts from the end.
