@@ -1,0 +1,191 @@
+// Failure texts: what went wrong, in which kernel, block and thread, and the chain of source lines that
+// led there, found by the addr2line of the compiler's binutils.
+#include <cxxabi.h>
+#include <dlfcn.h>
+#include <execinfo.h>
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#include "core/state.h"
+
+#if !defined(EXAFUSE_ROOT)
+#error "EXAFUSE_ROOT: the folder that source paths are shown relative to"
+#endif
+
+namespace exafuse::emulator {
+
+namespace {
+
+constexpr int kMaxFrames = 48;
+
+struct Line {
+  std::string function;
+  std::string place;  // file:line, relative to the project
+  bool is_emulator = false;
+};
+
+std::string relative(std::string path) {
+  static const std::string root = EXAFUSE_ROOT "/";
+  const size_t at = path.find(root);
+  if (at != std::string::npos) path.erase(0, at + root.size());
+  const size_t note = path.find(" (discriminator");
+  if (note != std::string::npos) path.erase(note);
+  return path;
+}
+
+bool is_emulator_source(const std::string& place) {
+  return place.find("tests/emulator/core/") != std::string::npos ||
+         place.find("tests/emulator/common/") != std::string::npos;
+}
+
+std::string read_line(FILE* pipe) {
+  std::string line;
+  for (int c = std::fgetc(pipe); c != EOF && c != '\n'; c = std::fgetc(pipe)) {
+    line += static_cast<char>(c);
+  }
+  return line;
+}
+
+// The source lines behind one address, innermost inlined function first; at most kMaxFrames.
+int look_up(const void* address, Line* lines) {
+  Dl_info info;
+  if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return 0;
+  const auto offset = static_cast<size_t>(static_cast<const char*>(address) -
+                                          static_cast<const char*>(info.dli_fbase));
+  // Without the preloaded sanitizer libraries of this process.
+  const std::string command =
+      format("env -u LD_PRELOAD addr2line -C -f -i -e '%s' 0x%zx 2>/dev/null", info.dli_fname, offset);
+  FILE* pipe = popen(command.c_str(), "r");
+  if (pipe == nullptr) return 0;
+  int count = 0;
+  while (count < kMaxFrames) {
+    const std::string function = read_line(pipe);
+    const std::string place = read_line(pipe);
+    if (place.empty()) break;
+    if (place[0] == '?') continue;  // a function without line information
+    lines[count].function = function;
+    lines[count].place = relative(place);
+    lines[count].is_emulator = is_emulator_source(lines[count].place);
+    ++count;
+  }
+  pclose(pipe);
+  return count;
+}
+
+// The project's own source lines among the frames, innermost first, without the emulator's.
+std::string describe_frames(void* const* frames, int num_frames) {
+  std::string text;
+  static Line lines[kMaxFrames];
+  for (int i = 0; i < num_frames; ++i) {
+    const int count = look_up(frames[i], lines);
+    for (int k = 0; k < count; ++k) {
+      if (lines[k].is_emulator) continue;
+      if (lines[k].place[0] == '/') continue;  // the C++ library
+      if (lines[k].place.find("launch.h") != std::string::npos) return text;
+      text += "\n  at " + lines[k].place + " in " + lines[k].function;
+    }
+  }
+  return text;
+}
+
+std::string describe_index(const uint3& index) {
+  return format("(%u, %u, %u)", index.x, index.y, index.z);
+}
+
+}  // namespace
+
+std::string format(const char* pattern, ...) {
+  char text[1024];
+  va_list arguments;
+  va_start(arguments, pattern);
+  std::vsnprintf(text, sizeof(text), pattern, arguments);
+  va_end(arguments);
+  return text;
+}
+
+std::string describe(const Site& site) {
+  return format("%s:%u", relative(site.file_name()).c_str(), static_cast<unsigned>(site.line()));
+}
+
+std::string kernel_name(const void* kernel) {
+  static Line lines[kMaxFrames];
+  const int count = look_up(kernel, lines);
+  return count == 0 ? "an unknown kernel" : lines[count - 1].function;
+}
+
+std::string describe_threads() {
+  std::string text;
+  int first = 0;
+  const auto same_state = [](const Thread& a, const Thread& b) {
+    if (a.exited || b.exited) return a.exited == b.exited;
+    if (a.waiting_for == nullptr || b.waiting_for == nullptr) return a.waiting_for == b.waiting_for;
+    return same_place(a.site, b.site);
+  };
+  for (int id = 1; id <= block.num_threads; ++id) {
+    const Thread& start = block.threads[first];
+    if (id < block.num_threads && same_state(start, block.threads[id])) continue;
+    text += text.empty() ? "" : "; ";
+    text += first == id - 1 ? format("thread %d ", first) : format("threads %d-%d ", first, id - 1);
+    if (start.exited) {
+      text += "ended";
+    } else if (start.waiting_for != nullptr) {
+      text += format("in %s at %s", start.waiting_for, describe(start.site).c_str());
+    } else {
+      text += "running";
+    }
+    first = id;
+    if (text.size() > 800) return text + "; ...";
+  }
+  return text;
+}
+
+std::string report(const std::string& message, const Site* site, void* const* frames,
+                   int num_frames) {
+  std::string text = "emulator: " + message;
+  if (site != nullptr) text += "; at " + describe(*site);
+  if (launch.request != nullptr) {
+    text += "\n  kernel " + kernel_name(launch.request->kernel);
+    text += "\n  block " + describe_index(blockIdx);
+    if (current != nullptr) text += ", thread " + describe_index(current->index);
+    const dim3& grid = launch.request->grid;
+    const dim3& shape = launch.request->block;
+    text += format(" of grid (%u, %u, %u), block (%u, %u, %u)", grid.x, grid.y, grid.z, shape.x,
+                   shape.y, shape.z);
+  }
+  return text + describe_frames(frames, num_frames);
+}
+
+void fail(const std::string& message, const Site& site) {
+  void* frames[kMaxFrames];
+  const int count = backtrace(frames, kMaxFrames);
+  // A return address belongs to the line after the call.
+  for (int i = 0; i < count; ++i) frames[i] = static_cast<char*>(frames[i]) - 1;
+  throw std::runtime_error(report(message, &site, frames, count));
+}
+
+void record_failure(const std::string& message) {
+  launch.error = std::make_exception_ptr(
+      std::runtime_error(report(message, nullptr, nullptr, 0)));
+}
+
+void check_access(const void* address, int bytes, const char* what, const Site& site) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+    fail(format("%s of %d bytes at %p, which is not aligned to %d bytes", what, bytes, address, bytes),
+         site);
+  }
+  const char* byte = static_cast<const char*>(address);
+  const bool is_shared = block.shared != nullptr && byte >= block.shared &&
+                         byte < block.shared + block.shared_capacity;
+  if (global_memory_forbidden && !is_shared) {
+    fail(format("%s of global memory before griddep_wait() in a kernel launched to overlap its "
+                "predecessor",
+                what),
+         site);
+  }
+}
+
+}  // namespace exafuse::emulator

@@ -1,0 +1,183 @@
+// The state of a running launch, shared by the emulator's own source files.
+#pragma once
+
+#include <cstdarg>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <string>
+
+#include "core/emulator.h"
+
+namespace exafuse::emulator {
+
+inline constexpr int kWarpSize = 32;
+inline constexpr int kMaxWarps = 32;
+inline constexpr int kMaxThreads = kWarpSize * kMaxWarps;
+inline constexpr int kMaxNamedBarriers = 16;
+inline constexpr int kMaxSharedArrays = 64;
+
+// --- fibers (fiber.cpp) -------------------------------------------------------------------------
+
+// A place to run: a stack with a guard page below it and what the sanitizers know about it. One is
+// bound to the same sanitizer fiber for life, so reusing its memory is no race.
+struct Stack {
+  char* memory = nullptr;  // lowest usable byte
+  void* stack_pointer = nullptr;
+  void* tsan_fiber = nullptr;
+  void* asan_fake_stack = nullptr;
+};
+
+extern const size_t kStackBytes;
+
+// Gives back a stack ready to run `entry` from its beginning.
+Stack* prepare_stack(int number, void (*entry)());
+// Forgets every stack: after a failed launch frames of abandoned threads lie on them.
+void discard_stacks();
+void enter_fibers(Stack* host);               // before the first switch of a launch
+void switch_stack(Stack* from, Stack* to, bool from_is_done);
+void arrived_on_new_stack();                  // first statement of a stack's entry function
+bool is_guard_page(const void* address);
+
+// Orders memory between contexts, for ThreadSanitizer only.
+void memory_release(void* object);
+void memory_acquire(void* object);
+// Runs in a context that has seen nothing but the start of the launch / all ends of blocks: shared
+// memory is born in the one and dies in the other, so that blocks stay unordered with each other.
+void* allocate_for_block(size_t bytes, void* launch_started, void* block_started);
+void free_after_block(void* memory, void* block_ended);
+
+// --- threads, warps, blocks (scheduler.cpp) -----------------------------------------------------
+
+struct Thread {
+  int id = 0;
+  int warp = 0;
+  int lane = 0;
+  uint3 index{};
+  Stack* stack = nullptr;
+  bool exited = false;
+  bool waited_for_grid = false;
+  const char* waiting_for = nullptr;  // while blocked
+  Site site;                          // while blocked
+  // Asynchronous copies in flight: a ring (shared.cpp).
+  int first_copy = 0;
+  int num_copies = 0;
+  unsigned commits = 0;
+};
+
+struct Warp {
+  uint32_t exists = 0;    // lanes that the block has
+  uint32_t runnable = 0;  // lanes that could run now
+  uint32_t exited = 0;
+  uint32_t waiting = 0;  // lanes inside a collective
+  uint32_t masks[kWarpSize] = {};
+  Collective operations[kWarpSize] = {};
+  bool is_sync[kWarpSize] = {};
+  void* data[kWarpSize] = {};
+  char sync_objects[kWarpSize][2] = {};  // only their addresses matter
+  uint32_t sync_generation[kWarpSize] = {};
+};
+
+struct Barrier {
+  int expected = 0;
+  int arrived = 0;
+  uint32_t generation = 0;
+  uint32_t waiting[kMaxWarps] = {};
+  Site first_site;
+  char sync_objects[2] = {};
+};
+
+struct SharedArray {
+  int begin = 0;  // logical offset, as on the GPU
+  int bytes = 0;
+  uint32_t offset = 0;  // where it really lies: arrays are kept apart by poisoned gaps
+};
+
+struct Block {
+  int num_threads = 0;
+  int num_warps = 0;
+  int num_exited = 0;
+  uint32_t runnable_warps = 0;
+  int cursor = 0;  // the thread that ran last
+  int slow_warp = -1;
+  uint64_t quiet_atomics = 0;  // atomics since anything else happened
+  Thread threads[kMaxThreads];
+  Warp warps[kMaxWarps];
+  Barrier barriers[kMaxNamedBarriers];
+  char* shared = nullptr;
+  size_t shared_capacity = 0;
+  int num_arrays = 0;
+  SharedArray arrays[kMaxSharedArrays];
+  char started = 0, ended = 0;  // only their addresses matter
+};
+
+struct Launch {
+  const LaunchRequest* request = nullptr;
+  bool any_waited_for_grid = false;
+  std::exception_ptr error;
+  char started = 0, ended = 0;  // only their addresses matter
+};
+
+extern Block block;
+extern Launch launch;
+extern Thread* current;  // nullptr on the host
+
+// Takes the running thread off the processor until wake() names it.
+void wait_for_wake(const char* what, const Site& site);
+void wake(int warp, uint32_t lanes);
+// Called for everything but an atomic: someone got further.
+inline void note_progress() { block.quiet_atomics = 0; }
+
+void reset_shared_memory();
+void check_shared_memory();
+void release_shared_memory();
+Site oldest_copy_site();
+
+bool same_place(const Site& a, const Site& b);
+
+// What an exited thread may have left behind (barrier.cpp, collective.cpp).
+void check_barriers_at_exit(const Thread& thread);
+void check_barriers_at_end();
+void check_collectives_at_exit(const Thread& thread);
+// Writes the results of a collective whose lanes `mask` have all arrived (collective.cpp, fragments.cpp).
+void complete_collective(Collective operation, uint32_t mask, void* const* data);
+void complete_matrix(Collective operation, void* const* data);
+void complete_mma(Collective operation, void* const* data);
+const char* name_of(Collective operation);
+
+// --- options, reports (control.cpp, report.cpp) -------------------------------------------------
+
+enum class Schedule : uint8_t { kForward, kReverse, kRandom };
+
+struct Options {
+  Schedule schedule = Schedule::kForward;
+  uint64_t seed = 1;
+  const GpuModel* gpu = nullptr;
+  bool exact_approximations = false;
+  bool mma_in_double = false;
+};
+const Options& options();
+
+uint64_t next_random();
+void seed_random(uint64_t seed);
+
+void record_launch(const LaunchRequest& request);
+void check_limits(const LaunchRequest& request);
+
+std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
+std::string describe(const Site& site);
+// "threads 0-31 wait at ...; thread 40 has exited", for deadlocks and lonely barriers.
+std::string describe_threads();
+// The full text of a failure: what, where, and the chain of calls that led there.
+std::string report(const std::string& message, const Site* site, void* const* frames,
+                   int num_frames);
+// Notes a failure that no running thread can throw; the launch ends with it.
+void record_failure(const std::string& message);
+
+// Turns a memory fault of a kernel into a failure of the launch (fault.cpp).
+void catch_faults();
+void release_faults();
+// Ends the launch from a place that has no usable stack above it.
+[[noreturn]] void abandon_launch(std::exception_ptr error);
+
+}  // namespace exafuse::emulator
