@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from exafuse.errors import CheckpointError
-from exafuse.safetensors_file import quote
+from exafuse.strict_json import shorten
 
 # All that is ever asked for: weights, configs, the tokenizer and its template.
 ALLOWED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.*")
@@ -37,16 +37,18 @@ def resolve_folder(name_or_folder: str | Path, revision: str | None = None) -> P
     """
     name = os.fspath(name_or_folder)
     if not isinstance(name, str) or not name:
-        raise CheckpointError(f"expected a checkpoint folder or a Hub name, got {quote(name)}")
+        raise CheckpointError(f"expected a checkpoint folder or a Hub name, got {shorten(name)}")
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):
         if revision is not None:
-            raise ValueError(f"revision: applies to Hub names only, and {quote(name)} is a folder")
+            raise ValueError(
+                f"revision: applies to Hub names only, and {shorten(name)} is a folder"
+            )
         return folder
     _check_hub_name(name, folder)
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise ValueError(
-            f"revision: expected a branch, a tag or a commit of {name}, got {quote(revision)}"
+            f"revision: expected a branch, a tag or a commit of {name}, got {shorten(revision)}"
         )
     return _download(name, revision)
 
@@ -55,15 +57,15 @@ def _check_hub_name(name: str, path: Path) -> None:
     """Raise, with the reason, unless ``name`` has the form of a Hub name."""
     if "://" in name or re.match(r"(www\.)?(huggingface\.co|hf\.co)/", name):
         raise CheckpointError(
-            f"{quote(name)} is a URL; expected a folder or a Hub name like 'owner/model'"
+            f"{shorten(name)} is a URL; expected a folder or a Hub name like 'owner/model'"
         )
     if os.path.lexists(path):
         raise CheckpointError(
-            f"{quote(name)} is no folder; expected the folder with config.json and the weights"
+            f"{shorten(name)} is no folder; expected the folder with config.json and the weights"
         )
     if not _HUB_NAME.fullmatch(name) or "--" in name or ".." in name:
         raise CheckpointError(
-            f"{quote(name)}: there is no such folder, and a Hub name has the form 'owner/model'"
+            f"{shorten(name)}: there is no such folder, and a Hub name has the form 'owner/model'"
         )
 
 
