@@ -55,10 +55,9 @@ __device__ __forceinline__ void bar_arrive(int id, int num_threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
 
-// --- warp collectives
-// ------------------------------------------------------------------------------- Every lane of
-// `mask` must call, at the same place. `width` (a power of two) splits the warp into segments that
-// exchange among themselves.
+// --- warp collectives ---------------------------------------------------------------------------
+// Every lane of `mask` must call, at the same place. `width` (a power of two) splits the warp into
+// segments that exchange among themselves.
 
 template <class T>
 __device__ __forceinline__ T shfl(T value, int src_lane, int width = kWarpSize,
@@ -121,9 +120,8 @@ __device__ __forceinline__ T reduce_max(T value, unsigned mask = kFullMask) {
   return __reduce_max_sync(mask, value);
 }
 
-// --- atomics
-// ---------------------------------------------------------------------------------------- Relaxed,
-// on global or shared memory; each returns the value before.
+// --- atomics ------------------------------------------------------------------------------------
+// Relaxed, on global or shared memory; each returns the value before.
 
 // int, unsigned, unsigned long long, float.
 template <class T>
@@ -244,12 +242,11 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
   return packed;
 }
 
-// --- matrix fragments
-// ------------------------------------------------------------------------------- 8x8 matrices of
-// 16-bit elements in shared memory. `row` is the address of one 16-byte row: lane l gives row l % 8
-// of matrix l / 8 (lanes beyond the last matrix are ignored but must hold a valid address).
-// Register i of lane l receives elements 2 * (l % 4) and 2 * (l % 4) + 1 of row l / 4 of matrix i;
-// with _trans, of the transposed matrix.
+// --- matrix fragments ---------------------------------------------------------------------------
+// 8x8 matrices of 16-bit elements in shared memory. `row` is the address of one 16-byte row: lane l
+// gives row l % 8 of matrix l / 8 (lanes beyond the last matrix are ignored but must hold a valid
+// address). Register i of lane l receives elements 2 * (l % 4) and 2 * (l % 4) + 1 of row l / 4 of
+// matrix i; with _trans, of the transposed matrix.
 
 __device__ __forceinline__ void ldmatrix_x1(uint32_t (&r)[1], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
@@ -400,9 +397,8 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// --- dependent launch
-// ------------------------------------------------------------------------------- Does nothing
-// before sm_90, or when the kernel was launched without LaunchConfig::pdl.
+// --- dependent launch ---------------------------------------------------------------------------
+// Does nothing before sm_90, or when the kernel was launched without LaunchConfig::pdl.
 
 // Returns once the preceding kernel of the stream has finished and its memory is visible. Every
 // thread calls it before it first touches global memory, reading or writing.
