@@ -6,7 +6,7 @@ ids, ``chat`` generates the next turn and takes it apart into a :class:`Reply`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -94,7 +94,9 @@ def chat(
 
     chosen = _preset(preset)
     thinking = chosen.thinking if thinking is None else thinking
-    settings = {**chosen.settings, **generate_kwargs}
+    # None leaves a setting open, as in generate; for eos_token_id alone it says "no such token".
+    given = {k: v for k, v in generate_kwargs.items() if v is not None or k == "eos_token_id"}
+    settings = {**chosen.settings, **given}
     if tools and not mentions_tools(processor):
         raise ValueError(
             "tools: the chat template of this checkpoint does not declare tools to the model; "
@@ -113,10 +115,10 @@ def chat(
     new_ids: list[int] = sequences[0, len(prompt.ids) :].tolist()
 
     stops = _stop_ids(model, processor, settings)
-    limit = settings.get("max_new_tokens")
-    finished = bool(new_ids) and (
-        new_ids[-1] in stops or (limit is not None and len(new_ids) < limit)
-    )
+    limit = _setting(model, settings, "max_new_tokens")
+    if limit is None:
+        limit = _setting(model, settings, "max_length") - len(prompt.ids)
+    finished = len(new_ids) < limit or (bool(new_ids) and new_ids[-1] in stops)
     said = new_ids
     while said and said[-1] in stops:
         said = said[:-1]
@@ -141,10 +143,8 @@ def _preset(name: str | None) -> Preset:
 
 def _length(model: Any, settings: Mapping[str, Any], prompt_length: int) -> dict[str, int]:
     """``max_new_tokens``, if neither the call nor the checkpoint limits the reply."""
-    sources = (settings.get("generation_config"), getattr(model, "generation_config", None))
-    given = [settings.get("max_new_tokens"), settings.get("max_length")]
-    given += [getattr(s, name, None) for s in sources for name in ("max_new_tokens", "max_length")]
-    if any(value is not None for value in given):
+    names = ("max_new_tokens", "max_length")
+    if any(_setting(model, settings, name) is not None for name in names):
         return {}
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     room = DEFAULT_MAX_NEW_TOKENS if context is None else max(context - prompt_length, 1)
@@ -152,16 +152,19 @@ def _length(model: Any, settings: Mapping[str, Any], prompt_length: int) -> dict
 
 
 def _stop_ids(model: Any, processor: Any, settings: Mapping[str, Any]) -> frozenset[int]:
-    if "eos_token_id" in settings:
-        return _ids(settings["eos_token_id"])
-    for source in (settings.get("generation_config"), getattr(model, "generation_config", None)):
-        ids = _ids(getattr(source, "eos_token_id", None))
-        if ids:
-            return ids
-    return _ids(processor.eos_token_id)
+    ids = _setting(model, settings, "eos_token_id")
+    if ids is None and settings.get("eos_token_id", ...) is not None:
+        ids = processor.eos_token_id
+    return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
 
 
-def _ids(value: int | Iterable[int] | None) -> frozenset[int]:
-    if value is None:
-        return frozenset()
-    return frozenset({value} if isinstance(value, int) else value)
+def _setting(model: Any, settings: Mapping[str, Any], name: str) -> Any:
+    """A generation setting, from the first place that has it: the call, the generation_config of
+    the call, the model's."""
+    value = settings.get(name, ...)
+    sources = [settings.get("generation_config"), getattr(model, "generation_config", None)]
+    while value is ... and sources:
+        source = sources.pop(0)
+        found = source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
+        value = ... if found is None else found
+    return None if value is ... else value

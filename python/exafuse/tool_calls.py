@@ -59,7 +59,7 @@ def tool_call_style(template: str, added_tokens: Container[str]) -> ToolCallStyl
     """Which notation a chat template makes its model use; None if it knows of no tools."""
     if CALL_OPEN in template:
         return "tag"
-    if PYTHON_TAG in template or ('"parameters"' in template and PYTHON_TAG in added_tokens):
+    if PYTHON_TAG in template or ("parameters" in template and PYTHON_TAG in added_tokens):
         return "json"
     return None
 
