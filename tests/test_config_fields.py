@@ -82,6 +82,9 @@ def test_every_rope_field_with_wrong_values(rope_type: str, layout: str) -> None
             expect_error({**base, layout: missing}, f"{layout}.{key}")
     for bad in (0, 0.0, -2.0, 1e9):
         expect_error({**base, layout: {**rope, "factor": bad}}, f"{layout}.factor")
+    for number in (0.0, -1.0, NAN, INF, 1e30, True, "1"):
+        for key in {"short_factor", "long_factor"} & set(rope):
+            expect_error({**base, layout: {**rope, key: [1.0] * 7 + [number]}}, f"{layout}.{key}")
     for bad in (0, 1.0, -5.0, 1e30):
         expect_error({**base, layout: {**rope, "rope_theta": bad}}, f"{layout}.rope_theta")
 

@@ -100,6 +100,14 @@ def test_rotary_equals_transformers_to_131072(kind: str) -> None:
         Pair(rope, 64, max_positions).assert_equal(positions)
 
 
+@pytest.mark.parametrize(("theta", "original"), [(100.0, 10**6), (1e4, 8), (2.0, 64)])
+def test_yarn_ramp_ends_at_the_edges_of_the_head(theta: float, original: int) -> None:
+    """Pairs that turn 1 and 32 times within the original context may lie outside the head."""
+    rope = {"rope_type": "yarn", "rope_theta": theta, "factor": 4.0}
+    pair = Pair({**rope, "original_max_position_embeddings": original}, 32, 256)
+    pair.assert_equal(torch.arange(256))
+
+
 def test_llama3_of_exaone() -> None:
     """EXAONE 4: of 64 pairs 27 keep their frequency, 7 are smoothed, 30 are divided by 16."""
     rope = RopeConfig(

@@ -143,7 +143,7 @@ class RotaryTable:
     def _make(
         self, num_positions: int, device: torch.device, length: int, old: _Rows | None
     ) -> _Rows:
-        count = max(_FIRST_ROWS, 2 * old.cos.shape[0] if old is not None else 0, num_positions)
+        count = max(_FIRST_ROWS, 2 * old.cos.shape[0] if old is not None else 0)
         limit = self.max_position_embeddings
         if self.rope.rope_type == "longrope" and not length:
             limit = min(limit, self.rope.original_max_position_embeddings or limit)
