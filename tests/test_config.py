@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from exafuse.config import LayerPlan, ModelConfig, RopeConfig, load_config
 from exafuse.errors import ConfigError
+from exafuse.kv_cache import KVCache
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 S, F = "sliding_attention", "full_attention"
@@ -109,8 +111,16 @@ def test_cache_bytes_released() -> None:
     per_token = 2 * 8 * 128 * 2  # key and value, bf16
     # 48 rings of 4095 + 2048 slots, rounded up to 6144, and 16 layers that keep everything
     assert config.cache_bytes(1, 131072, 2) == per_token * (48 * 6144 + 16 * 131072)
-    assert config.cache_bytes(3, 1000, 2) == 3 * per_token * 64 * 1000
+    assert config.cache_bytes(3, 1000, 2) == 3 * per_token * 64 * 1024
     assert config.cache_bytes(1, 131072, 2, chunk=1) == per_token * (48 * 4096 + 16 * 131072)
+
+
+def test_cache_bytes_are_what_a_cache_takes() -> None:
+    config = load("exaone4", sliding_window=300, sliding_window_pattern=2)
+    for context, chunk in ((1, 64), (128, 64), (129, 64), (384, 64), (400, 64), (2000, 2048)):
+        options = {"dtype": torch.float16, "device": "cpu", "max_length": context, "chunk": chunk}
+        cache = KVCache(config, 2, **options)
+        assert config.cache_bytes(2, context, 2, chunk) == cache.nbytes
 
 
 def test_load_config_sources(tmp_path: Path) -> None:

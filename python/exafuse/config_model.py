@@ -13,6 +13,7 @@ from exafuse.errors import ConfigError
 DType = Literal["bfloat16", "float16", "float32"]
 ModelType = Literal["llama", "qwen2", "exaone4", "exaone4_5"]
 
+_TILE: Final = 128  # tokens; kernels walk the cache in such tiles
 _ARCHITECTURE: Final = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -75,17 +76,16 @@ class ModelConfig:
     def cache_bytes(
         self, batch_size: int, context: int, dtype_bytes: int, chunk: int = 2048
     ) -> int:
-        """Bytes of a KV cache for ``context`` tokens in each of ``batch_size`` rows.
+        """Bytes of a KV cache made for ``context`` tokens in each of ``batch_size`` rows.
 
-        A sliding layer keeps a ring of ``sliding_window - 1 + chunk`` slots, rounded up to a
-        multiple of 128, where that is less than the context; ``chunk`` is the longest call.
+        Slots come in tiles of 128. A sliding layer keeps a ring for ``sliding_window - 1 + chunk``
+        tokens where that is less than the context; ``chunk`` is the longest call.
         """
         slots = 0
-        for layer_type in self.layer_types:
-            ring = context
-            if layer_type == SLIDING and self.sliding_window is not None:
-                ring = -(-(self.sliding_window - 1 + chunk) // 128) * 128
-            slots += min(ring, context)
+        for plan in self.layers:
+            left = plan.window_size[0]
+            tokens = context if left < 0 else min(context, left + chunk)
+            slots += -(-tokens // _TILE) * _TILE
         return 2 * batch_size * slots * self.num_kv_heads * self.head_dim * dtype_bytes
 
     def to_dict(self) -> dict[str, object]:
