@@ -15,7 +15,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,14 +25,22 @@ import torch
 import transformers
 
 
-def measure(generate: Callable[[int], torch.Tensor], num_tokens: int) -> tuple[float, torch.Tensor]:
-    """Decode tokens per second, prefill left out: the time of n + 1 tokens minus that of 1."""
-    start = time.perf_counter()
-    generate(1)
-    first = time.perf_counter()
-    ids = generate(num_tokens + 1)
-    end = time.perf_counter()
-    return num_tokens / ((end - first) - (first - start)), ids
+class Clock:
+    """A streamer that notes when each token arrives."""
+
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt first, then with every token."""
+        self.stamps.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+    def tokens_per_second(self) -> float:
+        """From the median time between two tokens: prefill and a hiccup of the machine drop out."""
+        return 1 / statistics.median(b - a for a, b in pairwise(self.stamps[1:]))
 
 
 def run(
@@ -49,7 +57,7 @@ def run(
     ids = torch.randint(0, ours.config.vocab_size, (1, prompt_tokens), generator=generator)
     ids = ids.to(device)
 
-    def with_transformers(count: int) -> torch.Tensor:
+    def with_transformers(count: int, clock: Clock) -> torch.Tensor:
         return theirs.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -57,24 +65,26 @@ def run(
             max_new_tokens=count,
             do_sample=False,
             pad_token_id=0,
+            streamer=clock,
         )
 
-    def with_exafuse(count: int) -> torch.Tensor:
+    def with_exafuse(count: int, clock: Clock) -> torch.Tensor:
         result: torch.Tensor = ours.generate(
-            ids, max_new_tokens=count, do_sample=False, eos_token_id=None
+            ids, max_new_tokens=count, do_sample=False, eos_token_id=None, streamer=clock
         )
         return result
 
     sides = {"transformers": with_transformers, "exafuse": with_exafuse}
     for generate in sides.values():
-        generate(4)  # warm up
+        generate(4, Clock())  # warm up
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     for pair in range(pairs):
         order = list(sides) if pair % 2 == 0 else list(reversed(sides))
         tokens = {}
         for name in order:
-            speed, tokens[name] = measure(sides[name], num_tokens)
-            speeds[name].append(speed)
+            clock = Clock()
+            tokens[name] = sides[name](num_tokens, clock)
+            speeds[name].append(clock.tokens_per_second())
         if dtype == "float32" and not torch.equal(tokens["exafuse"], tokens["transformers"]):
             raise RuntimeError("the two sides generated different ids: the timing means nothing")
     ratios = [a / b for a, b in zip(speeds["exafuse"], speeds["transformers"], strict=True)]

@@ -63,6 +63,8 @@ class _CacheView:
             return attend(q, k[:, :longest], v[:, :longest], None, softmax_scale, with_lse)
         slot = torch.arange(longest, device=q.device)[None]
         n = lengths[:, None].long()
+        if not self.ring:
+            n = n.clamp(max=slots)
         # A ring's slot holds the newest position congruent to it, negative if none was written.
         p = n - 1 - (n - 1 - slot) % slots if self.ring else torch.where(slot < n, slot, -1)
         if self.leftpad is not None:
@@ -160,6 +162,11 @@ def flash_attn_with_kvcache(
         check_offsets("cu_seqlens_q", starts, q.shape[0])
         batch, longest_q = len(starts) - 1, max(b - a for a, b in pairwise(starts))
     _check_cache(k_cache, block_table, ring, window, longest_q)
+    if cache_batch_idx is None and block_table is None and k_cache.shape[0] != batch:
+        raise ValueError(
+            f"k_cache: expected rows = batch = {batch} without cache_batch_idx or block_table, "
+            f"got {tuple(k_cache.shape)}"
+        )
     slots = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     lengths = _lengths(cache_seqlens, batch, slots, q.device)
     view = _CacheView(k_cache, v_cache, cache_batch_idx, block_table, lengths, cache_leftpad, ring)
@@ -168,8 +175,6 @@ def flash_attn_with_kvcache(
     if k is not None and v is not None:
         _append(k, v, view, slots)
         view = replace(view, lengths=lengths + k.shape[1])
-    if not ring:
-        view = replace(view, lengths=view.lengths.clamp(max=slots))
     with_lse = return_softmax_lse or lse is not None
     lse_result: Tensor | None
     if starts is None:

@@ -3,6 +3,7 @@ norm."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,13 +16,15 @@ def norm_fp32(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), eps)
 
 
-def _check(x: Tensor, weight: Tensor) -> Shapes:
+def _check(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
     check_float("x", x)
-    check_float("weight", weight, x.dtype, weight.new_empty(0).float().dtype)
-    shapes = Shapes()
-    shapes.match("x", x, "...", "hidden")
-    shapes.match("weight", weight, "hidden")
-    return shapes
+    check_float("weight", weight, x.dtype, torch.float32)
+    if weight.shape != x.shape[-1:]:
+        Shapes(hidden=x.shape[-1]).match("weight", weight, "hidden")
+    if residual is not None:
+        check_float("residual", residual, x.dtype)
+        if residual.shape != x.shape:
+            Shapes().match("residual", residual, *x.shape)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
@@ -60,9 +63,7 @@ def add_rms_norm(
         ``(y, new_residual)``: ``new_residual = x + residual`` rounded to the dtype, and ``y`` the
         norm of that rounded sum, so the pair equals an addition followed by ``rms_norm`` bitwise.
     """
-    _check(x, weight)
-    check_float("residual", residual, x.dtype)
-    Shapes().match("residual", residual, *x.shape)
+    _check(x, weight, residual)
     y_out, residual_out = out if out is not None else (None, None)
     new_residual = x + residual
     y = norm_fp32(new_residual, weight, eps).to(x.dtype)
@@ -84,7 +85,5 @@ def rms_norm_add(
     Returns:
         ``residual + rms_norm(x)``, computed in fp32 and rounded once after the addition.
     """
-    _check(x, weight)
-    check_float("residual", residual, x.dtype)
-    Shapes().match("residual", residual, *x.shape)
+    _check(x, weight, residual)
     return deliver((residual.float() + norm_fp32(x, weight, eps)).to(x.dtype), out)
