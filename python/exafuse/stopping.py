@@ -41,6 +41,9 @@ class Streamer(Protocol):
         """Generation is over, also when it ended with an exception."""
 
 
+CUT_CHARACTER = "\ufffd"
+
+
 class StopStrings:
     """Which rows have just completed a stop string, judged on decoded text.
 
@@ -55,21 +58,38 @@ class StopStrings:
         self._tokenizer = tokenizer
         self._strings = tuple(strings)
         # A token is at least a byte, so no match reaches back further; one more token in front
-        # takes what decoders do to the first word of a text.
+        # takes what decoders do to the first word of a text, three more the start of a character.
         self._window = max(len(text.encode()) for text in self._strings) + 1
-        self._tails = [row[-self._window :].tolist() for row in prompt_ids]
+        self._tails = [row[-self._window - 3 :].tolist() for row in prompt_ids]
 
     def completed_by(self, next_ids: np.ndarray) -> np.ndarray:
         """Bool ``[batch]`` for the ids int64 ``[batch]`` that the rows got next."""
         found = np.zeros(len(self._tails), dtype=bool)
         for row, next_id in enumerate(next_ids.tolist()):
-            tail = [*self._tails[row], next_id][-self._window :]
-            self._tails[row] = tail
-            text = self._decode(tail)
-            # Not the length of the text before: the newest token may finish a cut character.
-            old = _common_prefix_length(self._decode(tail[:-1]), text)
+            self._tails[row] = [*self._tails[row], next_id][-self._window - 3 :]
+            text, old = self._newest(self._tails[row])
             found[row] = any(s in text and text.rfind(s) + len(s) > old for s in self._strings)
         return found
+
+    def _newest(self, ids: list[int]) -> tuple[str, int]:
+        """The text of the last ids, and how much of it was there before the newest one.
+
+        A character may be spread over up to four tokens, and some decoders spoil a whole run of
+        bytes when it starts or ends within one: both ends are moved to where the text is whole.
+        """
+        start = max(len(ids) - self._window, 0)
+        text = self._decode(ids[start:])
+        for earlier in range(start - 1, max(start - 4, -1), -1):
+            if not text.startswith(CUT_CHARACTER):
+                break
+            text, start = self._decode(ids[earlier:]), earlier
+        old = 0
+        for dropped in range(4):
+            old_text = self._decode(ids[start : len(ids) - 1 - dropped])
+            old = max(old, _common_prefix_length(old_text, text))
+            if not old_text.endswith(CUT_CHARACTER):
+                break
+        return text, old
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(
