@@ -17,6 +17,7 @@ from exafuse.generation import GenerationConfig
 from exafuse.layers import RMSNorm
 from exafuse.models.causal_lm import LAYERS, CausalLM
 
+BACKENDS = ("auto", "cuda", "emulated", "reference")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -120,6 +121,8 @@ def from_config(
 
 def resolve_backend(name: str) -> ModuleType:
     """The module of ops that ``backend=`` names."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected {', '.join(BACKENDS)}, got {name!r}")
     if name == "reference":
         return reference
     if name == "auto":

@@ -146,10 +146,12 @@ class CausalLM(nn.Module):
             ``[batch, vocab_size]`` in the model's dtype, of each row's last token.
         """
         batch, columns = input_ids.shape
-        mask = None
+        mask, num_positions = None, max(cache.lengths) + columns
         if attention_mask is not None:
             mask = padding_mask(attention_mask, batch, columns, cache.seen)
-        num_positions = max(cache.lengths) + columns
+        if mask is not None:
+            new = mask.sum(1).tolist()
+            num_positions = max(a + b for a, b in zip(cache.lengths, new, strict=True))
         cos, sin = self.rotary(num_positions, self.device, cache.rotary_state)
         hidden = None
         for start in range(0, columns, self.prefill_chunk):

@@ -25,9 +25,9 @@ def split_qkv(qkv: Qkv, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tens
                 f"{total_heads} heads in all, got {tuple(qkv.shape)}"
             )
         head_dim = qkv.shape[1] // total_heads
-        heads = qkv.view(-1, total_heads, head_dim)
+        packed = qkv.view(-1, total_heads, head_dim)
         last_k = num_heads + num_kv_heads
-        return heads[:, :num_heads], heads[:, num_heads:last_k], heads[:, last_k:]
+        return packed[:, :num_heads], packed[:, num_heads:last_k], packed[:, last_k:]
     split = []
     for name, tensor, heads in zip(
         "qkv", qkv, (num_heads, num_kv_heads, num_kv_heads), strict=True
