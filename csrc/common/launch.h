@@ -99,15 +99,16 @@ constexpr int shared_bytes() {
 // --- errors -------------------------------------------------------------------------------------
 
 [[noreturn]] inline void throw_cuda_error(cudaError_t error, const std::string& what) {
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  if (driver == 0) throw std::runtime_error("no NVIDIA driver was found");
   std::string message = what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error);
   if (error == cudaErrorInsufficientDriver) {
-    int driver = 0;
-    cudaDriverGetVersion(&driver);
-    message += ". The extension was built with CUDA " + std::to_string(CUDART_VERSION / 1000) +
-               "." + std::to_string(CUDART_VERSION % 1000 / 10) + ", the driver offers " +
-               (driver == 0 ? std::string("none")
-                            : "CUDA " + std::to_string(driver / 1000) + "." +
-                                  std::to_string(driver % 1000 / 10)) +
+    const auto version = [](int number) {
+      return "CUDA " + std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+    };
+    message += ". The extension was built with " + version(CUDART_VERSION) +
+               ", the driver offers " + version(driver) +
                ": update the driver, or rebuild with a CUDA toolkit that it supports";
   } else if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
     message += ". The kernels were not compiled for this GPU: rebuild for its architecture";

@@ -1,0 +1,70 @@
+"""The compiled extension: kernels on raw tensors, without allocation, gradients or defaults.
+
+Contracts in csrc/ops.h; use :mod:`exafuse.ops`.
+"""
+
+from typing import TypedDict
+
+from torch import Tensor
+
+class NotAPlainTensor(TypeError):
+    """The tensor has no plain memory: fake, meta, wrapped by a transform, or a subclass."""
+
+class BuildInfo(TypedDict):
+    version: str
+    source_hash: str
+    archs: str
+    compiler: str
+    cuda: int
+    backend: str
+
+def build_info() -> BuildInfo: ...
+def device_problem() -> str: ...
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None: ...
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, residual_out: Tensor
+) -> None: ...
+def rms_norm_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None: ...
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    eps: float,
+    q_out: Tensor,
+    k_out: Tensor,
+    v_out: Tensor | None,
+) -> None: ...
+def qk_norm_rope_cache(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q_out: Tensor,
+) -> None: ...
+def apply_rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    q_out: Tensor,
+    k_out: Tensor,
+) -> None: ...
+def silu_and_mul(gate: Tensor, up: Tensor | None, out: Tensor) -> None: ...

@@ -1,0 +1,209 @@
+"""Which path a call takes: the kernels of an extension, or the reference. One class for all ops.
+
+A call goes to the reference when its tensors live where the kernels do not, when autograd has to
+follow it, or when a tensor has no plain memory (fake, wrapped by a transform, a subclass);
+everything else goes to the extension directly. ``EXAFUSE_BACKEND`` chooses for the module
+:mod:`exafuse.ops`, read once at import:
+
+* ``auto`` (default): CUDA tensors take the kernels; where those cannot run, the reference, and a
+  warning says so once.
+* ``cuda``: the same, but CUDA tensors without kernels are a :class:`~exafuse.errors.BackendError`.
+* ``reference``: plain PyTorch for every tensor.
+* ``emulated``: CPU tensors run the kernels' own source on the emulator of tests/emulator.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+import logging
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exafuse.errors import BackendError
+
+BACKENDS = ("auto", "cuda", "reference", "emulated")
+
+# Every function that this Python code calls; a binary without one of them is an old build.
+KERNELS = (
+    "add_rms_norm",
+    "apply_rope",
+    "qk_norm_rope",
+    "qk_norm_rope_cache",
+    "rms_norm",
+    "rms_norm_add",
+    "silu_and_mul",
+)
+# Public ops without a kernel: they run on the reference wherever their tensors are.
+WITHOUT_KERNEL = (
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "vision_attn",
+)
+OLDEST_GPU = (8, 0)
+
+_REBUILD = "rebuild it: pip install --force-reinstall --no-cache-dir --no-deps exafuse"
+_log = logging.getLogger("exafuse")
+
+
+class FrontDoor:
+    """The choice of path for one backend, made anew for every call and cheap enough for that.
+
+    Args:
+        backend: one of :data:`BACKENDS`.
+
+    Attributes:
+        path: the backend's name.
+    """
+
+    def __init__(self, backend: str) -> None:
+        if backend not in BACKENDS:
+            raise BackendError(f"backend: expected {', '.join(BACKENDS)}, got {backend!r}")
+        self.path = backend
+        self._takes_cpu = backend == "emulated"
+        self._extension: Any = None  # loaded at the first call that can use it
+        self._gave_up = backend == "reference"
+        self._said: set[str] = set()
+
+    def kernels(self, first: Tensor, *others: Tensor | None) -> Any:
+        """The extension that takes a call on these tensors, or None for the reference.
+
+        ``others`` are those that may carry a gradient besides ``first``. Under ``torch.compile``
+        and autograd, registered ops will be chosen here as well.
+        """
+        if self._gave_up or not isinstance(first, Tensor):
+            return None
+        if not (self._takes_cpu or first.is_cuda):
+            return None
+        if torch.is_grad_enabled():
+            for tensor in (first, *others):
+                if tensor is not None and getattr(tensor, "requires_grad", False):
+                    return None
+        return self._extension or self._load()
+
+    def written(self, *tensors: Tensor | None) -> None:
+        """Tell autograd that a kernel wrote into tensors that the caller brought."""
+        if torch.is_grad_enabled():
+            for tensor in tensors:
+                if tensor is not None and not tensor.is_inference():
+                    torch.autograd.graph.increment_version(tensor)
+
+    def without_kernel(self, op: str, first: object) -> None:
+        """Say once that ``op`` has no kernel, if ``first`` lives where one is to be expected."""
+        if op not in self._said and not self._gave_up and getattr(first, "is_cuda", False):
+            self._said.add(op)
+            _log.warning("%s has no kernel yet: it runs in plain PyTorch on the GPU", op)
+
+    def path_for(self, device: torch.device) -> tuple[str, str]:
+        """``(path, reason)`` of an op with a kernel on tensors of ``device``; never raises."""
+        if self.path == "reference":
+            return "reference", "EXAFUSE_BACKEND=reference"
+        if self.path == "emulated":
+            if device.type != "cpu":
+                return "reference", f"the emulator takes CPU tensors, not {device.type}"
+            problem = emulator_problem()
+            return ("reference", problem) if problem else ("emulated", "kernels run on the CPU")
+        if device.type != "cuda":
+            return "reference", f"{device.type} tensors have no kernels"
+        problem = cuda_problem()
+        return ("reference", problem) if problem else ("cuda", "CUDA kernel")
+
+    def _load(self) -> Any:
+        """The extension, or None after saying why there is none (an error unless ``auto``)."""
+        problem = emulator_problem() if self.path == "emulated" else cuda_problem()
+        if problem:
+            if self.path != "auto":
+                raise BackendError(f"backend {self.path!r} cannot run here: {problem}")
+            self._gave_up = True
+            _log.warning("exafuse runs in plain PyTorch on this GPU: %s", problem)
+            return None
+        self._extension = load_emulated() if self.path == "emulated" else load_cuda()
+        return self._extension
+
+
+def backend_from_environment() -> str:
+    """The value of EXAFUSE_BACKEND, checked."""
+    backend = os.environ.get("EXAFUSE_BACKEND", "auto")
+    if backend not in BACKENDS:
+        raise BackendError(f"EXAFUSE_BACKEND: expected {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+def load_cuda() -> ModuleType:
+    """``exafuse._C``; ImportError if it is not installed, BackendError if it is an old build."""
+    return _complete(importlib.import_module("exafuse._C"))
+
+
+@functools.cache
+def load_emulated() -> ModuleType:
+    """The emulated extension; ImportError if it was not built, BackendError if it is an old build.
+
+    Looked for in ``EXAFUSE_EMULATED_LIB``, beside this package, and where tests/emulator/build.py
+    puts it in a source checkout.
+    """
+    file = os.environ.get("EXAFUSE_EMULATED_LIB")
+    if file is None and importlib.util.find_spec("exafuse._C_emulated") is not None:
+        return _complete(importlib.import_module("exafuse._C_emulated"))
+    root = Path(__file__).resolve().parents[3]
+    path = Path(file) if file else root / "build" / "emulator" / "plain" / "_C_emulated.so"
+    if not path.is_file():
+        raise ImportError(
+            f"the emulated extension is not built (no file {path}); in a source checkout run: "
+            "python tests/emulator/build.py --variant plain"
+        )
+    loader = importlib.machinery.ExtensionFileLoader("_C_emulated", str(path))
+    spec = importlib.util.spec_from_loader("_C_emulated", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return _complete(module)
+
+
+def emulator_problem() -> str:
+    """Why the emulated kernels cannot run, or an empty string."""
+    try:
+        load_emulated()
+    except (ImportError, BackendError) as error:
+        return str(error)
+    return ""
+
+
+def cuda_problem() -> str:
+    """Why the CUDA kernels cannot run in this process, or an empty string."""
+    try:
+        extension = load_cuda()
+    except ImportError as error:
+        if importlib.util.find_spec("exafuse._C") is None:
+            return "exafuse was installed without its compiled extension"
+        return f"the compiled extension does not load: {error}"
+    except BackendError as error:
+        return str(error)
+    problem: str = extension.device_problem()
+    if problem:
+        return problem
+    if not torch.cuda.is_available():
+        return "this torch sees no GPU (torch.cuda.is_available() is False)"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_GPU:
+        return (
+            f"the GPU has compute capability {capability[0]}.{capability[1]}, "
+            f"the kernels need {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
+        )
+    return ""
+
+
+def _complete(extension: ModuleType) -> ModuleType:
+    missing = [name for name in (*KERNELS, "NotAPlainTensor") if not hasattr(extension, name)]
+    if missing:
+        raise BackendError(
+            f"{extension.__name__} is an old build that lacks {', '.join(missing)}; {_REBUILD}"
+        )
+    return extension

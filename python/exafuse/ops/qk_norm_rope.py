@@ -1,0 +1,169 @@
+"""QK-norm, RoPE and the cache write on the kernel of csrc/kernels/qk_norm_rope.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from exafuse import reference
+from exafuse.ops.front_door import FrontDoor
+
+Qkv = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+class RopeOps(FrontDoor):
+    """The ops of this file, on one backend."""
+
+    def qk_norm_rope(
+        self,
+        qkv: Qkv,
+        num_heads: int,
+        num_kv_heads: int,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        positions: Tensor | None,
+        eps: float,
+        *,
+        out: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Split a merged projection and prepare q and k for attention in one pass.
+
+        Args:
+            qkv: ``[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]``, or a tuple of q, k,
+                v, each ``[num_tokens, heads * head_dim]`` with any row stride; head_dim a multiple
+                of 8 up to 128 on a GPU.
+            num_heads, num_kv_heads: query heads and key/value heads.
+            q_weight, k_weight: RMSNorm weights ``[head_dim]`` shared by all heads; None = no norm.
+            cos, sin: ``[rows, head_dim / 2]``, fp32 or the dtype of ``qkv``; None = no RoPE.
+            positions: int32 ``[num_tokens]``, the table row of each token.
+            eps: of the norm.
+            out: optional buffers for q, k, v; each may be its own part of the input.
+
+        Returns:
+            ``q [num_tokens, num_heads, head_dim]``, ``k`` and ``v [num_tokens, num_kv_heads,
+            head_dim]``. Norm and rotation run in fp32 and are rounded once together; v is a view
+            of the input unless ``out`` is given.
+        """
+        q, k, v = qkv if isinstance(qkv, tuple) else (qkv, None, None)
+        q_out, k_out, v_out = out if out is not None else (None, None, None)
+        kernels = self.kernels(q, k, v, q_weight, k_weight, q_out, k_out, v_out)
+        if kernels is not None:
+            try:
+                value = v_out
+                if q_out is None or k_out is None:
+                    heads = num_heads if k is not None else num_heads + 2 * num_kv_heads
+                    head_dim = _head_dim(q, heads)
+                    q_out = q.new_empty((*q.shape[:1], num_heads, head_dim))
+                    k_out = q.new_empty((*q.shape[:1], num_kv_heads, head_dim))
+                kernels.qk_norm_rope(
+                    *(q, k, v, num_heads, num_kv_heads, q_weight, k_weight),
+                    *(cos, sin, positions, eps, q_out, k_out, v_out),
+                )
+                if value is None:  # the shapes are known to be right by now
+                    tail = q[:, -num_kv_heads * k_out.shape[2] :] if v is None else v
+                    return q_out, k_out, tail.view(k_out.shape)
+                self.written(q_out, k_out, value)
+                return q_out, k_out, value
+            except kernels.NotAPlainTensor:
+                pass  # plain PyTorch takes any tensor
+        return reference.qk_norm_rope(
+            *(qkv, num_heads, num_kv_heads, q_weight, k_weight, cos, sin, positions, eps), out=out
+        )
+
+    def qk_norm_rope_cache(
+        self,
+        qkv: Qkv,
+        num_heads: int,
+        num_kv_heads: int,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        positions: Tensor | None,
+        eps: float,
+        *,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """``qk_norm_rope`` that writes k and v into the cache instead of returning them.
+
+        Args:
+            qkv ... eps: as in :func:`qk_norm_rope`.
+            k_cache, v_cache: ``[rows, slots, num_kv_heads, head_dim]``, any strides with last 1;
+                mutated.
+            slot_mapping: int64 ``[num_tokens]``, ``row * slots + slot``; negative or out of range
+                = not written; no value twice.
+            out: optional buffer for q; may be the q part of the input.
+
+        Returns:
+            ``q [num_tokens, num_heads, head_dim]``. Inference only: a needed gradient is a
+            ValueError.
+        """
+        q, k, v = qkv if isinstance(qkv, tuple) else (qkv, None, None)
+        kernels = self.kernels(q, k, v, q_weight, k_weight, out)
+        if kernels is not None:
+            try:
+                q_out = out
+                if q_out is None:
+                    heads = num_heads if k is not None else num_heads + 2 * num_kv_heads
+                    q_out = q.new_empty((*q.shape[:1], num_heads, _head_dim(q, heads)))
+                kernels.qk_norm_rope_cache(
+                    *(q, k, v, num_heads, num_kv_heads, q_weight, k_weight, cos, sin, positions),
+                    *(eps, k_cache, v_cache, slot_mapping, q_out),
+                )
+                self.written(k_cache, v_cache, out)
+                return q_out
+            except kernels.NotAPlainTensor:
+                pass  # plain PyTorch takes any tensor
+        return reference.qk_norm_rope_cache(
+            *(qkv, num_heads, num_kv_heads, q_weight, k_weight, cos, sin, positions, eps),
+            k_cache=k_cache,
+            v_cache=v_cache,
+            slot_mapping=slot_mapping,
+            out=out,
+        )
+
+    def apply_rope(
+        self,
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        *,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate q and k; 2-D RoPE is the same op with another table.
+
+        Args:
+            q: ``[num_tokens, num_heads, head_dim]``.
+            k: ``[num_tokens, num_kv_heads, head_dim]``.
+            cos, sin: ``[rows, head_dim / 2]``, fp32 or the dtype of q.
+            positions: int32 ``[num_tokens]``, the table row of each token.
+            out: optional ``(q, k)`` buffers; may be ``(q, k)`` themselves.
+
+        Returns:
+            The rotated pair, fp32 inside, rounded once.
+        """
+        q_out, k_out = out if out is not None else (None, None)
+        kernels = self.kernels(q, k, q_out, k_out)
+        if kernels is None:
+            return reference.apply_rope(q, k, cos, sin, positions, out=out)
+        try:
+            q_out = torch.empty_like(q) if q_out is None else q_out
+            k_out = torch.empty_like(k) if k_out is None else k_out
+            kernels.apply_rope(q, k, cos, sin, positions, q_out, k_out)
+        except kernels.NotAPlainTensor:
+            return reference.apply_rope(q, k, cos, sin, positions, out=out)
+        if out is not None:
+            self.written(q_out, k_out)
+        return q_out, k_out
+
+
+def _head_dim(q: Tensor, heads: int) -> int:
+    """Of outputs still to be made; the kernel's checks report a shape that makes no sense."""
+    return q.shape[-1] // heads if q.dim() > 0 and heads > 0 else 0
