@@ -48,10 +48,11 @@ def load_processor(folder: str | os.PathLike[str]) -> Any:
     path = Path(folder)
     if not path.is_dir():
         raise TemplateError(f"{path}: expected a checkpoint folder with a tokenizer, got no folder")
-    num_rows = _check_files(path)
+    num_rows, file_ids = _check_files(path)
     from transformers import AutoTokenizer
 
-    with template_errors(f"{path}: transformers cannot load the tokenizer"):
+    names = ", ".join(sorted(FILE_LIMITS_BYTES.keys() & {entry.name for entry in path.iterdir()}))
+    with template_errors(f"{path}: transformers cannot load the tokenizer from {names}"):
         tokenizer = AutoTokenizer.from_pretrained(
             str(path), config=_bare_config(path), local_files_only=True, trust_remote_code=False
         )
@@ -60,7 +61,7 @@ def load_processor(folder: str | os.PathLike[str]) -> Any:
             f"{path}: expected a tokenizer that the tokenizers library runs, got "
             f"{type(tokenizer).__name__}; save it again with transformers 5 to get a tokenizer.json"
         )
-    _check_ids(path, tokenizer.get_vocab(), num_rows)
+    _check_ids(path, tokenizer.get_vocab(), num_rows, file_ids)
     _check_templates(path, tokenizer.chat_template)
     return tokenizer
 
@@ -87,8 +88,9 @@ def _describe(exc: BaseException) -> str:
     return f"{type(exc).__name__}: {reason[:500]}" if reason else type(exc).__name__
 
 
-def _check_files(folder: Path) -> int | None:
-    """Checks the files that transformers will open; returns ``vocab_size`` of config.json."""
+def _check_files(folder: Path) -> tuple[int | None, dict[str, int]]:
+    """Checks the files that transformers will open; returns ``vocab_size`` of config.json, None if
+    it says nothing, and the ids of the tokens in tokenizer.json."""
     present = {entry.name for entry in folder.iterdir()}
     if not present & {"tokenizer.json", "vocab.json", "tokenizer.model"}:
         raise TemplateError(
@@ -98,16 +100,19 @@ def _check_files(folder: Path) -> int | None:
     for name, limit in FILE_LIMITS_BYTES.items():
         if name in present:
             _check_regular(folder / name, limit)
-    for template in sorted(folder.glob("additional_chat_templates/*.jinja")):
+    templates = [folder / "chat_template.jinja"] if "chat_template.jinja" in present else []
+    for template in [*templates, *sorted(folder.glob("additional_chat_templates/*.jinja"))]:
         _check_regular(template, FILE_LIMITS_BYTES["chat_template.jinja"])
+        with template_errors(f"{template}: expected a template in UTF-8"):
+            template.read_text("utf-8")
     for name in ("special_tokens_map.json", "added_tokens.json", "vocab.json"):
         if name in present:
             _read_object(folder / name)
     if "tokenizer_config.json" in present:
         _check_tokenizer_config(folder / "tokenizer_config.json")
-    if "tokenizer.json" in present:
-        _check_tokenizer_json(folder / "tokenizer.json")
-    return _vocab_size(folder) if "config.json" in present else None
+    has_json, has_config = "tokenizer.json" in present, "config.json" in present
+    ids = _check_tokenizer_json(folder / "tokenizer.json") if has_json else {}
+    return _vocab_size(folder) if has_config else None, ids
 
 
 def _check_regular(path: Path, limit_bytes: int) -> None:
@@ -148,7 +153,7 @@ def _check_tokenizer_config(path: Path) -> None:
         )
 
 
-def _check_tokenizer_json(path: Path) -> None:
+def _check_tokenizer_json(path: Path) -> dict[str, int]:
     data = _read_object(path)
     model = data.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") not in MODEL_TYPES:
@@ -187,6 +192,7 @@ def _check_tokenizer_json(path: Path) -> None:
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         for pattern in _patterns(data.get(part)):
             _check_pattern(path, part, pattern)
+    return dict(entries)
 
 
 def _patterns(value: Any) -> Iterator[str]:
@@ -240,16 +246,24 @@ def _bare_config(folder: Path) -> Any:
         return PretrainedConfig()
 
 
-def _check_ids(folder: Path, vocab: Mapping[str, int], num_rows: int | None) -> None:
-    if num_rows is None:
-        return
-    beyond = {token: index for token, index in vocab.items() if not 0 <= index < num_rows}
+def _check_ids(
+    folder: Path, vocab: Mapping[str, int], num_rows: int | None, file_ids: Mapping[str, int]
+) -> None:
+    rows = 2**31 if num_rows is None else num_rows
+    beyond = {t: i for ids in (vocab, file_ids) for t, i in ids.items() if not 0 <= i < rows}
     if beyond:
         token, index = min(beyond.items(), key=lambda item: item[1])
         raise TemplateError(
             f"{folder}: the tokenizer has {len(beyond)} token ids without an embedding row: "
             f"expected ids below vocab_size={num_rows}, got {index} for {shorten(token)}; "
             "tokenizer and config.json belong to different checkpoints"
+        )
+    moved = [token for token, index in file_ids.items() if vocab.get(token, index) != index]
+    if moved:  # the tokenizers library numbers added tokens on from its vocabulary
+        raise TemplateError(
+            f"{folder / 'tokenizer.json'}: token {shorten(moved[0])} has the id "
+            f"{file_ids[moved[0]]} here, but loads with the id {vocab[moved[0]]}; added tokens "
+            "need consecutive ids behind the vocabulary"
         )
 
 
