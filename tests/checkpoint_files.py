@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import sys
-import time
-import tracemalloc
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +16,9 @@ from exafuse import CheckpointError, reference, weights
 from exafuse.checkpoint import INDEX_NAME, WEIGHTS_NAME
 from exafuse.config import load_config
 from exafuse.models.causal_lm import CausalLM
-from torch import Tensor
+from exafuse.safetensors_file import JSON_LIMIT_BYTES, JSON_LIMIT_VALUES
+from load_guard import guarded
+from torch import Tensor, nn
 
 # One variant of each family, with every optional tensor the family knows.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -95,85 +91,11 @@ def load(folder: Path, **options: Any) -> CausalLM:
     return model
 
 
-# -------------------------------------------------------------------------------------------- guard
-
-ALLOWED_BYTES = 64 * 2**20
-_FORBIDDEN = (
-    "compile",
-    "ctypes.dlopen",
-    "exec",
-    "marshal.loads",
-    "os.exec",
-    "os.fork",
-    "os.posix_spawn",
-    "os.system",
-    "pickle.find_class",
-    "socket.bind",
-    "socket.connect",
-    "socket.getaddrinfo",
-    "subprocess.Popen",
-)
-_watching: list[tuple[str, Any]] | None = None
-
-
-def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if _watching is not None and (event in _FORBIDDEN or event in ("open", "import")):
-        _watching.append((event, arguments[0] if arguments else None))
-
-
-# A hook stays for the life of the process; it listens only inside ``guarded``.
-sys.addaudithook(_audit)
-
-
-@contextlib.contextmanager
-def guarded(folder: Path, seconds: float = 2.0, blocked_after: float = 20.0) -> Iterator[None]:
-    """Fail if the body runs code, opens a file elsewhere, takes too long or too much memory.
-
-    The limit for memory is the size of the folder's files + 64 MiB. Time is the processor's, so
-    that a busy machine changes nothing; a body that blocks is interrupted after ``blocked_after``.
-    """
-    global _watching
-    file_bytes = sum(path.lstat().st_size for path in folder.iterdir())
-    before = reset_peak_rss()
-    tracemalloc.start()
-    signal.signal(signal.SIGALRM, _too_slow)
-    signal.setitimer(signal.ITIMER_REAL, blocked_after)
-    start = time.process_time()
-    _watching = []
-    try:
-        yield
-    finally:
-        events, _watching = _watching, None
-        elapsed = time.process_time() - start
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        traced = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    resident = peak_rss() - before
-    assert elapsed < seconds, f"took {elapsed:.2f} s"
-    for what, used in (("traced", traced), ("resident", resident)):
-        assert used <= file_bytes + ALLOWED_BYTES, f"{what} memory grew by {used / 2**20:.0f} MiB"
-    for event, argument in events:
-        assert event not in _FORBIDDEN, f"{event}: {argument!r}"
-        if event == "open" and not isinstance(argument, int):
-            path = os.fsdecode(argument)
-            inside = os.path.dirname(path) == str(folder.resolve())
-            assert inside or path.startswith(("/proc/", "/sys/")), f"opened {path}"
-
-
-def _too_slow(signum: int, frame: object) -> None:
-    raise TimeoutError("the reader blocks")
-
-
-def reset_peak_rss() -> int:
-    """Set the kernel's mark of peak resident memory to the present and return it, in bytes."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    return peak_rss()
-
-
-def peak_rss() -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+def warmed(folder: Path, **options: Any) -> Path:
+    """A good checkpoint, loaded once, so that nothing is imported when it is loaded under guard."""
+    make(folder, **options)
+    load(folder)
+    return folder
 
 
 def refused(folder: Path, *words: str, **options: Any) -> str:
@@ -188,3 +110,50 @@ def refused(folder: Path, *words: str, **options: Any) -> str:
     assert len(message) < 2000
     assert all(parameter.is_meta for parameter in model.parameters())
     return message
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same names, dtypes, shapes and bytes."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(
+            actual[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)
+        ), name
+
+
+def without_tied_head(model: nn.Module) -> dict[str, Tensor]:
+    state = weights.unmerged_state_dict(model)
+    if model.config.tie_word_embeddings:
+        assert state.pop("lm_head.weight") is not None
+    return state
+
+
+# What a header or an index must not be.
+JSON_FAULTS = {
+    "empty": b"",
+    "zeros": b"\0" * 64,
+    "not utf-8": b'{"\xff": 1}',
+    "utf-16": '{"a": 1}'.encode("utf-16"),
+    "byte-order mark": b'\xef\xbb\xbf{"a": 1}',
+    "array": b"[1, 2]",
+    "string": b'"text"',
+    "number": b"1",
+    "null": b"null",
+    "not json": b"{no json}",
+    "unfinished": b'{"a": {"dtype": "F32"',
+    "text after it": b'{} {"a": 1}',
+    "comment": b"{} // done",
+    "deep lists": b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "deep objects": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+    "deep and unfinished": b"{" + b'"a":[' * 60_000,
+    "nan": b'{"a": NaN}',
+    "infinity": b'{"a": [-Infinity]}',
+    "huge float": b'{"a": 1e999}',
+    "huge integer": b'{"a": ' + b"9" * 100_000 + b"}",
+    "many empty lists": b'{"a": [' + b"[]," * 1_300_000 + b"[]]}",
+    "many keys": b"{" + b",".join(b'"%d":0' % n for n in range(350_000)) + b"}",
+    "as many lists as allowed": b'{"a": [' + b"[]," * (JSON_LIMIT_VALUES // 2 - 2) + b"[]]}",
+    "as many objects as allowed": b'{"a": [' + b'{"":9},' * (JSON_LIMIT_VALUES // 3 - 2) + b"{}]}",
+    "one long string": b'{"' + b"a" * (JSON_LIMIT_BYTES - 100) + "\U0001f600".encode() + b'": 1}',
+}

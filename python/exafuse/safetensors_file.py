@@ -1,4 +1,4 @@
-"""Reading and writing one safetensors file, strictly and without memory maps.
+"""Reading one safetensors file, strictly and without memory maps.
 
 A file is eight bytes (little-endian length N of the header), N bytes of JSON that map each
 tensor's name to its dtype, shape and byte range, and the tensors' bytes, back to back. Everything
@@ -13,12 +13,10 @@ that is truncated while it is mapped kills the process with SIGBUS; a short read
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -270,33 +268,3 @@ def read_tensor(
             part.copy_(raw.view(info.dtype).to(part.device))
         if on_chunk is not None:
             on_chunk(part, num_bytes)
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to a safetensors file, chunk by chunk from whatever device they are on.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    # Wide dtypes first keeps every tensor aligned to its own element size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name in names:
-        tensor = tensors[name]
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + tensor.nbytes],
-        }
-        position += tensor.nbytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in names:
-            flat = tensors[name].detach().reshape(-1)
-            step = CHUNK_BYTES // flat.element_size()
-            for start in range(0, flat.numel(), step):
-                chunk = flat[start : start + step].cpu().view(torch.uint8)
-                file.write(chunk.numpy().data)

@@ -7,22 +7,27 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from exafuse.checkpoint import INDEX_NAME, WEIGHTS_NAME
-from exafuse.safetensors_file import DTYPE_NAMES, write_safetensors
+from exafuse.safetensors_file import CHUNK_BYTES, DTYPE_NAMES
 from exafuse.weight_names import EMBEDDING, HEAD, unmerged_state_dict
 
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_OURS = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?|model\.safetensors\.index\.json(\.partial)?"
+)
 
 
 def save_weights(model: nn.Module, folder: str | Path, max_shard_bytes: int = 5 * 2**30) -> None:
     """Write the model's weights as transformers would: same names, one file or shards and an index.
 
-    A head that shares the embedding's memory is not written. Files are written under temporary
-    names and take their place at the end; weight files of an earlier save that are not part of this
-    one are removed. The memory used is one chunk of a few MiB, whatever device the model is on.
+    A head that shares the embedding's memory is not written. The memory used is one chunk of a few
+    MiB, whatever device the model is on. Weight files of an earlier save that are not part of this
+    one are removed. If the save is interrupted, the folder holds the earlier weights, the new ones,
+    or a set that loading refuses; never a mixture that loads.
 
     Raises:
         ValueError: a parameter is on the meta device or of a dtype safetensors does not have, or
@@ -39,23 +44,32 @@ def save_weights(model: nn.Module, folder: str | Path, max_shard_bytes: int = 5 
         del tensors[HEAD]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-
     shards = _split_into_shards(tensors, max_shard_bytes)
-    files = [
-        WEIGHTS_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        for number in range(1, len(shards) + 1)
-    ]
-    for file, shard in zip(files, shards, strict=True):
-        write_safetensors(folder / f"{file}.partial", shard)
-    for file in files:
-        os.replace(folder / f"{file}.partial", folder / file)
+    files = [WEIGHTS_NAME]
     if len(shards) > 1:
-        _write_index(folder, files, shards)
-        files.append(INDEX_NAME)
+        total = f"of-{len(shards):05d}.safetensors"
+        files = [f"model-{number:05d}-{total}" for number in range(1, len(shards) + 1)]
+    try:
+        for file, shard in zip(files, shards, strict=True):
+            write_safetensors(_partial(folder / file), shard)
+        if len(shards) > 1:
+            _write_index(_partial(folder / INDEX_NAME), files, shards)
+            # Without an index, no shard is loaded while they are exchanged one by one.
+            (folder / INDEX_NAME).unlink(missing_ok=True)
+            files.append(INDEX_NAME)
+        for file in files:
+            os.replace(_partial(folder / file), folder / file)
+    finally:
+        for file in files:
+            _partial(folder / file).unlink(missing_ok=True)
     for path in folder.iterdir():
-        ours = path.name in (WEIGHTS_NAME, INDEX_NAME) or _SHARD.fullmatch(path.name)
-        if ours and path.name not in files:
+        if _OURS.fullmatch(path.name) and path.name not in files:
             path.unlink()
+
+
+def _partial(path: Path) -> Path:
+    """The name a file has until it is complete."""
+    return path.with_name(f"{path.name}.partial")
 
 
 def _split_into_shards(
@@ -73,7 +87,7 @@ def _split_into_shards(
     return shards
 
 
-def _write_index(folder: Path, files: list[str], shards: list[dict[str, Tensor]]) -> None:
+def _write_index(path: Path, files: list[str], shards: list[dict[str, Tensor]]) -> None:
     tensors = [tensor for shard in shards for tensor in shard.values()]
     index = {
         "metadata": {
@@ -84,6 +98,34 @@ def _write_index(folder: Path, files: list[str], shards: list[dict[str, Tensor]]
             name: file for file, shard in zip(files, shards, strict=True) for name in sorted(shard)
         },
     }
-    partial = folder / f"{INDEX_NAME}.partial"
-    partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / INDEX_NAME)
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a safetensors file, chunk by chunk from whatever device they are on.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    # Wide dtypes first keeps every tensor aligned to its own element size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in names:
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.nbytes],
+        }
+        position += tensor.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in names:
+            flat = tensors[name].detach().reshape(-1)
+            step = CHUNK_BYTES // flat.element_size()
+            for start in range(0, flat.numel(), step):
+                chunk = flat[start : start + step].cpu().view(torch.uint8)
+                file.write(chunk.numpy().data)
