@@ -13,6 +13,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install -qq
 STAMPS := $(VENV)/.stamps
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(shell find cmake csrc -type f)
 EMULATOR_FILES := $(BUILD_FILES) $(shell find tests/emulator -type f -not -name '*.pyc' 2>/dev/null)
@@ -51,19 +52,21 @@ $(STAMPS)/venv:
 
 # torch first and by its exact pin: a range could be answered with another, larger build.
 $(STAMPS)/torch: constraints.txt | $(STAMPS)/venv
-	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
+	@echo "installing torch"
+	@$(INSTALL) "$$(grep '^torch==' constraints.txt)"
 	@touch $@
 
 # Everything of the extras but the package itself, so that its build can do without isolation.
 $(STAMPS)/tools: pyproject.toml constraints.txt $(STAMPS)/torch
-	$(PIP) install --quiet cmake ninja pybind11 scikit-build-core
+	@echo "installing build tools"
+	@$(INSTALL) cmake ninja pybind11 scikit-build-core
 	@touch $@
 
 $(STAMPS)/test: $(BUILD_FILES) $(STAMPS)/tools
 	@$(BIN)/python cmake/build_backend.py
 	@needed="$$($(BIN)/python cmake/build_backend.py --requirements)"; \
-	  test -z "$$needed" || $(PIP) install --quiet $$needed
-	$(PIP) install --quiet --no-build-isolation --editable ".[demo,bench,dev]"
+	  test -z "$$needed" || $(INSTALL) $$needed
+	@$(INSTALL) --no-build-isolation --editable ".[demo,bench,dev]"
 	@touch $@
 
 $(STAMPS)/demo: $(BUILD_FILES) $(STAMPS)/torch
@@ -72,7 +75,7 @@ $(STAMPS)/demo: $(BUILD_FILES) $(STAMPS)/torch
 	else \
 	  export EXAFUSE_CUDA=$(if $(GPU_ARCHS),AUTO,OFF) $(if $(GPU_ARCHS),CUDAARCHS='$(GPU_ARCHS)'); \
 	  $(BIN)/python cmake/build_backend.py; \
-	  $(PIP) install --quiet --editable ".[demo]"; \
+	  $(INSTALL) --editable ".[demo]"; \
 	fi
 	@touch $@
 
