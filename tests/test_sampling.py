@@ -73,7 +73,7 @@ def test_top_k_keeps_ties() -> None:
 
 @pytest.mark.parametrize("make", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("p", [1e-6, 0.3, 0.5, 0.8, 0.95, 0.999999, 1.0])
+@pytest.mark.parametrize("p", [1e-9, 1e-6, 0.3, 0.5, 0.8, 0.95, 0.999999, 1.0])
 def test_top_p(make, shape, p) -> None:
     scores = make(*shape)
     kept = sampling.keep_top_p(scores, p)
@@ -271,6 +271,35 @@ def test_bad_scores_stay_visible_through_the_chain(bad) -> None:
 def test_bad_seeds(seed) -> None:
     with pytest.raises(ValueError, match=r"seed: expected an integer from 0 to 2\*\*63 - 1"):
         sampling.seeded_generator(seed, CPU)
+
+
+def test_the_last_draw_can_be_revoked() -> None:
+    scores = random_scores()
+    torch.manual_seed(3)
+    expected = [sampling.draw(scores).tolist() for _ in range(3)]
+    torch.manual_seed(3)
+    draw = sampling.TokenDraw(None, CPU)
+    assert draw(scores).tolist() == expected[0]
+    assert draw(scores).tolist() == expected[1]
+    draw.revoke()
+    assert sampling.draw(scores).tolist() == expected[1], "the second draw never happened"
+
+
+def test_revoking_never_rewinds_what_others_drew() -> None:
+    draw = sampling.TokenDraw(None, CPU)
+    draw(random_scores())
+    torch.rand(1)
+    state = torch.get_rng_state()
+    draw.revoke()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_private_draw_leaves_the_global_generator_alone() -> None:
+    scores, state = random_scores(), torch.get_rng_state()
+    draw = sampling.TokenDraw(7, CPU)
+    draw(scores)
+    draw.revoke()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_global_generator_is_torchs_own() -> None:

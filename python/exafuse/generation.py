@@ -17,9 +17,7 @@ from exafuse.prompts import Prompt, read_prompt, split_mapping
 from exafuse.sampling import (
     LogitsProcessor,
     ScoreChain,
-    draw,
-    global_generator,
-    seeded_generator,
+    TokenDraw,
     unusable_rows,
 )
 from exafuse.stopping import StopCheck, StoppingCriterion, StopStrings, Streamer, verdict
@@ -178,7 +176,7 @@ def generate(
             criteria=_callables("stopping_criteria", stopping_criteria),
             streamer=streamer,
             tokenizer=tokenizer,
-            generator=None if seed is None else seeded_generator(seed, model.device),
+            draw=TokenDraw(seed, model.device),
             keep_cache=return_dict_in_generate,
             keep_scores=return_dict_in_generate and output_scores,
             progress=progress,
@@ -198,7 +196,7 @@ def _decode(
     criteria: tuple[StoppingCriterion, ...],
     streamer: Streamer | None,
     tokenizer: Any,
-    generator: torch.Generator | None,
+    draw: TokenDraw,
     keep_cache: bool,
     keep_scores: bool,
     progress: Progress | None,
@@ -223,8 +221,6 @@ def _decode(
         streamer.put(prompt.ids.cpu())
 
     do_sample = settings.sampling.do_sample
-    shared_rng = global_generator(device) if do_sample and generator is None else None
-    rng_state: Tensor | None = None
     all_scores: tuple[Tensor, ...] | None = () if keep_scores else None
     unfinished = torch.ones(batch, dtype=torch.bool, device=device)
     length, surplus = columns, False
@@ -232,9 +228,7 @@ def _decode(
     while True:
         scores = chain.scores(logits, ids[:, :length])
         unusable = unusable_rows(scores, do_sample) & unfinished
-        if shared_rng is not None:
-            rng_state = shared_rng.get_state()
-        next_ids = draw(scores, generator) if do_sample else scores.argmax(dim=-1)
+        next_ids = draw(scores) if do_sample else scores.argmax(dim=-1)
         if pad_id is not None:
             next_ids = torch.where(unfinished, next_ids, pad_id)
         ids[:, length] = next_ids
@@ -258,8 +252,7 @@ def _decode(
         if keep_cache:
             cache.crop(cache.get_seq_length() - 1)
         all_scores = all_scores[:-1] if all_scores is not None else None
-        if shared_rng is not None and rng_state is not None:
-            shared_rng.set_state(rng_state)
+        draw.revoke()
     else:
         check.next_report()
     sequences = ids if length == total else ids[:, :length].clone()

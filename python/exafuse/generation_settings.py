@@ -80,13 +80,13 @@ def resolve(
     if idle and not do_sample:
         warnings.warn(
             f"{', '.join(idle)}: no effect on greedy decoding; pass do_sample=True to draw tokens",
-            stacklevel=4,
+            stacklevel=5,
         )
     if arguments.max_length is not None and merged.max_new_tokens is not None:
         warnings.warn(
             f"max_length={merged.max_length}: no effect, max_new_tokens={merged.max_new_tokens} "
             "is set and comes first",
-            stacklevel=4,
+            stacklevel=5,
         )
     for token_id in call.eos_token_id or ():
         if not 0 <= token_id < vocab_size:

@@ -103,6 +103,33 @@ def global_generator(device: torch.device) -> torch.Generator:
     return torch.cuda.default_generators[index]
 
 
+class TokenDraw:
+    """``draw`` from one generator, with the last draw revocable.
+
+    ``seed`` None draws from torch's global generator, which then has to be left as if a step that
+    was queued needlessly had never been drawn; an int makes a private one.
+    """
+
+    def __init__(self, seed: int | None, device: torch.device):
+        self._private = None if seed is None else seeded_generator(seed, device)
+        self._shared = global_generator(device)
+        self._before = self._after = self._shared.get_state()
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Ids int64 ``[batch]``; see ``draw``."""
+        if self._private is not None:
+            return draw(scores, self._private)
+        self._before = self._shared.get_state()
+        ids = draw(scores)
+        self._after = self._shared.get_state()
+        return ids
+
+    def revoke(self) -> None:
+        """Undo the last draw's effect on the global generator, unless others drew since."""
+        if torch.equal(self._shared.get_state(), self._after):
+            self._shared.set_state(self._before)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """The values in force during one call. The neutral value of a step skips it."""
