@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from exafuse.config import ModelConfig, load_config
+from exafuse.config_layers import FULL
 from exafuse.errors import CheckpointError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -70,8 +71,8 @@ class Plan:
     @property
     def full_cache_bytes(self) -> int:
         """What the cache would take if no layer had a window."""
-        row_bytes = 2 * self.config.num_kv_heads * self.config.head_dim * DTYPE_BYTES[self.dtype]
-        return len(self.layers) * self.batch_size * self.context * row_bytes
+        everywhere = dataclasses.replace(self.config, layer_types=(FULL,) * self.config.num_layers)
+        return everywhere.cache_bytes(self.batch_size, self.context, DTYPE_BYTES[self.dtype])
 
     @property
     def weight_bytes(self) -> int:
@@ -296,13 +297,14 @@ def _locate(source: str | Path | Mapping[str, Any]) -> Path | Mapping[str, Any]:
             f"{name}: no such folder or config.json, and not a Hub name (owner/model)"
         )
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(name, "config.json"))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    # The errors of the Hub's clients have no base class in common.
+    except Exception as error:
         raise CheckpointError(
-            f"{name}: not a folder here, and config.json cannot be had from the Hub: {error}"
+            f"{name}: not a folder here, and config.json cannot be had from the Hub:"
+            f" {type(error).__name__}: {error}"
         ) from error
 
 
