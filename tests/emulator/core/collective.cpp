@@ -43,13 +43,17 @@ void check_mask(const char* name, uint32_t mask, const Site& site) {
   }
 }
 
-// The lanes that already wait must agree with the one that comes.
-void check_waiting(const char* name, bool is_sync, Collective operation, uint32_t mask,
-                   const Site& site) {
-  const Warp& warp = block.warps[current->warp];
+// The lanes of `mask` that already wait for the same collective. A waiting lane that wants the running
+// one must agree with it in everything; one that does not is busy elsewhere and may come later.
+uint32_t lanes_already_here(const char* name, bool is_sync, Collective operation, uint32_t mask,
+                            const Site& site) {
+  const Thread& self = *current;
+  const Warp& warp = block.warps[self.warp];
+  uint32_t here = 0;
   for (int lane = 0; lane < kWarpSize; ++lane) {
     if ((warp.waiting & mask & bit(lane)) == 0) continue;
-    const Thread& other = block.threads[current->warp * kWarpSize + lane];
+    if ((warp.masks[lane] & bit(self.lane)) == 0) continue;
+    const Thread& other = block.threads[self.warp * kWarpSize + lane];
     if (!same_place(other.site, site) || warp.is_sync[lane] != is_sync ||
         warp.operations[lane] != operation) {
       fail(format("%s: the lanes of the warp diverge, lane %d waits in %s at %s", name, lane,
@@ -57,11 +61,13 @@ void check_waiting(const char* name, bool is_sync, Collective operation, uint32_
            site);
     }
     if (warp.masks[lane] != mask) {
-      fail(format("%s: lane %d gives mask 0x%08x, lane %d gave 0x%08x", name, current->lane, mask,
-                  lane, warp.masks[lane]),
+      fail(format("%s: lane %d gives mask 0x%08x, lane %d gave 0x%08x", name, self.lane, mask, lane,
+                  warp.masks[lane]),
            site);
     }
+    here |= bit(lane);
   }
+  return here;
 }
 
 // Waits for the lanes of `mask`; true in the lane that came last, which then must call release().
@@ -69,14 +75,14 @@ bool gather(const char* name, bool is_sync, Collective operation, uint32_t mask,
             const Site& site) {
   note_progress();
   check_mask(name, mask, site);
-  check_waiting(name, is_sync, operation, mask, site);
+  const uint32_t here = lanes_already_here(name, is_sync, operation, mask, site);
   const int lane = current->lane;
   Warp& warp = block.warps[current->warp];
   warp.masks[lane] = mask;
   warp.operations[lane] = operation;
   warp.is_sync[lane] = is_sync;
   warp.data[lane] = data;
-  if (((warp.waiting | bit(lane)) & mask) == mask) return true;
+  if ((here | bit(lane)) == mask) return true;
   warp.waiting |= bit(lane);
   wait_for_wake(name, site);
   return false;

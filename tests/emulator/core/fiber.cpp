@@ -59,7 +59,8 @@ namespace {
 
 // Twice the threads of a block: see prepare_stack's caller.
 Stack stacks[2 * kMaxThreads];
-constexpr size_t kGuardBytes = 4096;
+// Large, so that a frame with a big local array does not step over it; costs address space only.
+constexpr size_t kGuardBytes = 1024 * 1024;
 
 #if defined(EXAFUSE_EMULATOR_ASAN)
 char* host_stack_memory = nullptr;
@@ -100,10 +101,16 @@ Stack* prepare_stack(int number, void (*entry)()) {
   return stack;
 }
 
-void discard_stacks() {
+void discard_stacks(void* launch_ended) {
+  static_cast<void>(launch_ended);
   for (Stack& stack : stacks) {
     if (stack.memory == nullptr) continue;
 #if defined(EXAFUSE_EMULATOR_TSAN)
+    // What the thread did until it was abandoned lies before whatever the host does next.
+    void* host = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(stack.tsan_fiber, __tsan_switch_to_fiber_no_sync);
+    memory_release(launch_ended);
+    __tsan_switch_to_fiber(host, __tsan_switch_to_fiber_no_sync);
     __tsan_destroy_fiber(stack.tsan_fiber);
 #elif defined(EXAFUSE_EMULATOR_ASAN)
     __asan_unpoison_memory_region(stack.memory, kStackBytes);

@@ -1,13 +1,15 @@
 // Failure texts: what went wrong, in which kernel, block and thread, and the chain of source lines that
 // led there, found by the addr2line of the compiler's binutils.
-#include <cxxabi.h>
 #include <dlfcn.h>
 #include <execinfo.h>
+#include <fcntl.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 
 #include "core/state.h"
@@ -50,17 +52,41 @@ std::string read_line(FILE* pipe) {
   return line;
 }
 
+// Starts addr2line without the sanitizer that may be preloaded into this process; its output comes
+// through `pipe`. Returns its process id, or -1.
+pid_t start_addr2line(const char* module, const std::string& offset, FILE** pipe) {
+  int ends[2];
+  if (pipe2(ends, O_CLOEXEC) != 0) return -1;
+  const char* arguments[] = {"addr2line", "-C", "-f", "-i", "-e", module, offset.c_str(), nullptr};
+  const char* path = std::getenv("PATH");
+  const std::string path_variable = std::string("PATH=") + (path == nullptr ? "/usr/bin:/bin" : path);
+  const char* environment[] = {path_variable.c_str(), nullptr};
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  posix_spawn_file_actions_adddup2(&actions, ends[1], 1);
+  posix_spawn_file_actions_addopen(&actions, 2, "/dev/null", O_WRONLY, 0);
+  pid_t child = -1;
+  const int error = posix_spawnp(&child, arguments[0], &actions, nullptr,
+                                 const_cast<char**>(arguments), const_cast<char**>(environment));
+  posix_spawn_file_actions_destroy(&actions);
+  close(ends[1]);
+  if (error != 0) {
+    close(ends[0]);
+    return -1;
+  }
+  *pipe = fdopen(ends[0], "r");
+  return child;
+}
+
 // The source lines behind one address, innermost inlined function first; at most kMaxFrames.
 int look_up(const void* address, Line* lines) {
   Dl_info info;
   if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return 0;
   const auto offset = static_cast<size_t>(static_cast<const char*>(address) -
                                           static_cast<const char*>(info.dli_fbase));
-  // Without the preloaded sanitizer libraries of this process.
-  const std::string command =
-      format("env -u LD_PRELOAD addr2line -C -f -i -e '%s' 0x%zx 2>/dev/null", info.dli_fname, offset);
-  FILE* pipe = popen(command.c_str(), "r");
-  if (pipe == nullptr) return 0;
+  FILE* pipe = nullptr;
+  const pid_t child = start_addr2line(info.dli_fname, format("0x%zx", offset), &pipe);
+  if (child < 0) return 0;
   int count = 0;
   while (count < kMaxFrames) {
     const std::string function = read_line(pipe);
@@ -72,7 +98,8 @@ int look_up(const void* address, Line* lines) {
     lines[count].is_emulator = is_emulator_source(lines[count].place);
     ++count;
   }
-  pclose(pipe);
+  std::fclose(pipe);
+  waitpid(child, nullptr, 0);
   return count;
 }
 

@@ -284,11 +284,11 @@ void run(const LaunchRequest& request) {
   catch_faults();
   memory_release(&launch.started);
   run_grid();
-  memory_acquire(&launch.ended);
   release_faults();
   const std::exception_ptr error = launch.error;
   launch.error = nullptr;
-  if (error != nullptr) discard_stacks();
+  if (error != nullptr) discard_stacks(&launch.ended);
+  memory_acquire(&launch.ended);
   pthread_mutex_unlock(&launch_mutex);
   if (error != nullptr) std::rethrow_exception(error);
 }

@@ -33,7 +33,7 @@ extern const size_t kStackBytes;
 // Gives back a stack ready to run `entry` from its beginning.
 Stack* prepare_stack(int number, void (*entry)());
 // Forgets every stack: after a failed launch frames of abandoned threads lie on them.
-void discard_stacks();
+void discard_stacks(void* launch_ended);
 void enter_fibers(Stack* host);               // before the first switch of a launch
 void switch_stack(Stack* from, Stack* to, bool from_is_done);
 void arrived_on_new_stack();                  // first statement of a stack's entry function
