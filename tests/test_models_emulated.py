@@ -6,16 +6,15 @@ import collections
 import re
 from pathlib import Path
 
+import exafuse
 import pytest
 import tiny_models
 import torch
 import transformers
 from emulator.control import Emulator
-from torch import Tensor
-
-import exafuse
 from exafuse import ops
 from exafuse.ops.front_door import emulator_problem, load_emulated
+from torch import Tensor
 
 pytestmark = [
     pytest.mark.emulated,
