@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from exafuse.chat import load_processor
 from tokenizers import (
     AddedToken,
     Regex,
@@ -80,7 +82,7 @@ FAMILIES = {
 }
 
 
-@lru_cache(maxsize=1)
+@cache
 def _trained() -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -174,3 +176,31 @@ def save_family(
     source = (TEMPLATES / template).read_text() if is_file else template
     tokens = {"eos_token": family.eos, "bos_token": family.bos, "pad_token": family.special[0]}
     return save(byte_level(family), folder, source, **tokens)
+
+
+@cache
+def processor(name: str) -> Any:
+    """The loaded tokenizer of a family, or one of the special cases below."""
+    joined = (TEMPLATES / "joined.jinja").read_text()
+    with TemporaryDirectory() as folder:
+        path = Path(folder)
+        if name in FAMILIES:
+            save_family(name, path)
+        elif name in ("drops_zero_width", "begins_with_blank"):
+            tokenizer = drops_zero_width() if name == "drops_zero_width" else begins_with_blank()
+            save(tokenizer, path, joined)
+        else:  # another template on a family's vocabulary
+            family = {"joined": "qwen2", "thinks_by_default": "exaone4"}[name]
+            save_family(family, path, f"{name}.jinja")
+        return load_processor(path)
+
+
+def controls(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The added tokens among ``ids``, in order."""
+    added = tokenizer.added_tokens_decoder
+    return [added[index].content for index in ids if index in added]
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text

@@ -159,6 +159,7 @@ class Guard:
             add_special_tokens=False,
             split_special_tokens=split_special_tokens,
             return_offsets_mapping=True,
+            verbose=False,
         )
         ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
         pairs = zip(ids, offsets, strict=True)

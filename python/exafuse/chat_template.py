@@ -242,6 +242,7 @@ def _encode_pieces(tokenizer: Any, guard: Guard, pieces: list[tuple[str, bool]])
             add_special_tokens=False,
             split_special_tokens=split_special_tokens,
             return_attention_mask=False,
+            verbose=False,  # length is judged by generate, not by the tokenizer's config
         )
         return list(encoding["input_ids"])
 
