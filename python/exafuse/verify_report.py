@@ -167,14 +167,15 @@ def compare_half(
 ) -> Report:
     """Hold ``ours`` against the fp32 trace ``truth``, by the measure of what ``yardstick``, of the
     same dtype as ``ours``, is away from it."""
-    # Half a unit in the last place is what any correct program may be wrong by.
-    floor = torch.finfo(getattr(torch, about["dtype"])).eps / 2
+    # Half a unit in the last place is what any correct layer may be wrong by; an embedding is
+    # looked up and has no error.
+    half_ulp = torch.finfo(getattr(torch, about["dtype"])).eps / 2
     factor = LAYER_RATIO * _slack(len(truth.hidden[0]))
     layers = []
     for name, a, b, exact in zip(
         _layer_names(config), ours.hidden, yardstick.hidden, truth.hidden, strict=True
     ):
-        errors = _row_errors(b, exact)
+        errors, floor = _row_errors(b, exact), half_ulp if layers else 0.0
         limit = factor * max(_rms(errors), floor)
         worst_limit = WORST_RATIO * max(float(errors.max()), floor)
         layers.append(_layer_error(name, a, exact, limit, worst_limit))
@@ -262,7 +263,9 @@ def _number(value: Tensor) -> float:
 
 
 def _ratio(error: float, limit: float) -> float:
-    return error / limit if math.isfinite(error) else math.inf
+    if error == 0:
+        return 0.0
+    return error / limit if math.isfinite(error) and limit > 0 else math.inf
 
 
 def _slack(rows: int) -> float:
