@@ -1,14 +1,15 @@
-"""Builds the emulated extension: ``python tests/emulator/build.py --variant plain|fast|asan|tsan|coverage``.
+"""Builds the emulated extension: ``python tests/emulator/build.py --variant plain``.
 
-Incremental, into build/emulator/<variant>/. Variants: ``plain`` for everyday tests, ``fast`` the same with
-contracted multiply-adds, ``asan`` AddressSanitizer and UndefinedBehaviorSanitizer, ``tsan``
-ThreadSanitizer (takes numpy arrays), ``coverage`` for line coverage of csrc/kernels.
+Incremental, into build/emulator/<variant>/. Variants: ``plain`` for everyday tests, ``fast`` the
+same with contracted multiply-adds, ``asan`` AddressSanitizer and UndefinedBehaviorSanitizer,
+``tsan`` ThreadSanitizer (takes numpy arrays), ``coverage`` for line coverage of csrc/kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def library(variant: str, module: str = "_C_emulated") -> Path:
 
 
 def build(variant: str, jobs: int = 2, verbose: bool = False, target: str = "all") -> Path:
-    """Brings a variant up to date and gives back its folder; raises RuntimeError with the output."""
+    """Brings a variant up to date; gives back its folder or raises RuntimeError."""
     folder = folder_of(variant)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:  # two test runs may ask for the same variant
@@ -49,20 +50,15 @@ def build(variant: str, jobs: int = 2, verbose: bool = False, target: str = "all
 
 def _run(command: list[str], verbose: bool) -> None:
     tools = Path(sys.executable).parent  # cmake and ninja of this environment
-    environment = {**_environment(), "PATH": f"{tools}:{_environment().get('PATH', '')}"}
+    # A sanitizer preloaded into this process has no business in the compiler.
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    environment["PATH"] = f"{tools}:{environment.get('PATH', '')}"
     done = subprocess.run(
         command, env=environment, capture_output=not verbose, text=True, check=False
     )
     if done.returncode != 0:
         output = "" if verbose else f":\n{done.stdout}\n{done.stderr}"
         raise RuntimeError(f"{' '.join(command)} failed with {done.returncode}{output}")
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    # A sanitizer preloaded into this process has no business in the compiler.
-    return {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
 
 
 def main() -> None:

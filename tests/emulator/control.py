@@ -1,4 +1,4 @@
-"""Python side of the emulator's controls: schedule, seed, emulated GPU, arithmetic, launched kernels."""
+"""The emulator's controls: schedule, seed, GPU, arithmetic; and which kernels it launched."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ std::vector<float> reversed(const std::vector<float>& values) {
   return {values.rbegin(), values.rend()};
 }
 
-// --- no barrier between the writes and the reads of other threads ---------------------------------
+// --- no barrier between the writes and the reads of other threads
+// ---------------------------------
 
 __global__ void missing_barrier_before_read_kernel(const __grid_constant__ InOut p) {
   SharedArena arena;
@@ -23,13 +24,14 @@ __global__ void missing_barrier_before_read_kernel(const __grid_constant__ InOut
 void missing_barrier_before_read() {
   const std::vector<float> in = counting(kThreads);
   std::vector<float> out(kThreads);
-  launch(missing_barrier_before_read_kernel,
-         one_block(kThreads, shared_bytes<Floats<kThreads>>()), {in.data(), out.data()});
+  launch(missing_barrier_before_read_kernel, one_block(kThreads, shared_bytes<Floats<kThreads>>()),
+         {in.data(), out.data()});
   expect_equal(out, reversed(in));
 }
 const Register r1("bug missing barrier before read", missing_barrier_before_read);
 
-// --- no barrier before the next round overwrites what slower threads still read -------------------
+// --- no barrier before the next round overwrites what slower threads still read
+// -------------------
 
 __global__ void missing_barrier_before_overwrite_kernel(const __grid_constant__ InOut p) {
   SharedArena arena;
@@ -52,7 +54,8 @@ void missing_barrier_before_overwrite() {
 }
 const Register r2("bug missing barrier before overwrite", missing_barrier_before_overwrite);
 
-// --- half of the block takes another way ----------------------------------------------------------
+// --- half of the block takes another way
+// ----------------------------------------------------------
 
 __global__ void divergent_barrier_kernel(const __grid_constant__ InOut p) {
   if (threadIdx.x < kThreads / 2) {
@@ -81,7 +84,8 @@ void skipped_barrier() {
 }
 const Register r4("bug half the block skips the barrier", skipped_barrier);
 
-// --- a thread with nothing to do leaves before the barrier ----------------------------------------
+// --- a thread with nothing to do leaves before the barrier
+// ----------------------------------------
 
 __global__ void exited_thread_kernel(const __grid_constant__ InOut p) {
   if (threadIdx.x == 77) return;
@@ -95,7 +99,8 @@ void exited_thread() {
 }
 const Register r5("bug thread exits before the barrier", exited_thread);
 
-// --- one warp goes through the loop once more than the others -------------------------------------
+// --- one warp goes through the loop once more than the others
+// -------------------------------------
 
 __global__ void uneven_loop_kernel(const __grid_constant__ InOut p) {
   const int rounds = threadIdx.x < 32 ? 3 : 2;
@@ -109,7 +114,8 @@ void uneven_loop() {
 }
 const Register r6("bug one warp meets one barrier more", uneven_loop);
 
-// --- named barriers -------------------------------------------------------------------------------
+// --- named barriers
+// -------------------------------------------------------------------------------
 
 __global__ void named_barrier_count_kernel(const __grid_constant__ InOut) {
   ptx::bar_sync(1, threadIdx.x < 64 ? 64 : 128);

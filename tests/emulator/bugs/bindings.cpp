@@ -26,8 +26,7 @@ PYBIND11_MODULE(_honesty, m) {
     for (const auto& entry : cases()) names.push_back(entry.first);
     return names;
   });
-  m.def(
-      "run", [](const std::string& name) { cases().at(name)(); }, pybind11::arg("name"));
+  m.def("run", [](const std::string& name) { cases().at(name)(); }, pybind11::arg("name"));
   pybind11::register_exception<WrongResult>(m, "WrongResult", PyExc_AssertionError);
 }
 

@@ -1,6 +1,6 @@
-// The kernels that test the emulator: deliberately wrong ones ("bug ..."), which must be caught, and
-// correct but tricky ones ("ok ..."), which must not be. tests/test_emulator.py says which build catches
-// which, and by which words.
+// The kernels that test the emulator: deliberately wrong ones ("bug ..."), which must be caught,
+// and correct but tricky ones ("ok ..."), which must not be. tests/test_emulator.py says which
+// build catches which, and by which words.
 #pragma once
 
 #include <cmath>

@@ -12,7 +12,8 @@ void run_warp(void (*kernel)(InOut), int smem_bytes = 0) {
   launch(kernel, one_block(kWarp, smem_bytes), {in.data(), out.data()});
 }
 
-// --- lanes missing --------------------------------------------------------------------------------
+// --- lanes missing
+// --------------------------------------------------------------------------------
 
 __global__ void missing_lane_kernel(const __grid_constant__ InOut p) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -74,7 +75,8 @@ void partial_warp() {
 }
 const Register r6("bug full mask in a partial warp", partial_warp);
 
-// --- order of memory that only lockstep would give ------------------------------------------------
+// --- order of memory that only lockstep would give
+// ------------------------------------------------
 
 __global__ void lockstep_kernel(const __grid_constant__ InOut p) {
   SharedArena arena;

@@ -14,8 +14,9 @@ __device__ void copy_tile(float* shared, const float* global) {
   ptx::cp_async_commit();
 }
 
-// Sums all tiles with two buffers. kWait: groups that may be in flight when a tile is read; 1 is right.
-// kBarrier: whether a barrier keeps the next copy from the buffer that slower threads still read.
+// Sums all tiles with two buffers. kWait: groups that may be in flight when a tile is read; 1 is
+// right. kBarrier: whether a barrier keeps the next copy from the buffer that slower threads still
+// read.
 template <int kWait, bool kBarrier>
 __global__ void pipeline_kernel(const __grid_constant__ InOut p) {
   SharedArena arena;
@@ -129,7 +130,8 @@ void misaligned_copy() {
 }
 const Register r8("bug copy to a misaligned shared address", misaligned_copy);
 
-// --- dependent launch -----------------------------------------------------------------------------
+// --- dependent launch
+// -----------------------------------------------------------------------------
 
 template <bool kWait>
 __global__ void dependent_kernel(const __grid_constant__ InOut p) {

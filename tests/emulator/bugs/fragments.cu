@@ -1,5 +1,6 @@
-// Matrix fragments held against plain loops, and wrong kernels that mix their indices up. The layouts
-// here are written down from the PTX ISA's formulas once more, apart from the emulator's own.
+// Matrix fragments held against plain loops, and wrong kernels that mix their indices up. The
+// layouts here are written down from the PTX ISA's formulas once more, apart from the emulator's
+// own.
 #include <type_traits>
 
 #include "bugs/cases.h"
@@ -10,7 +11,8 @@ namespace {
 constexpr int kLanes = 32;
 constexpr int kRows = 8;  // rows and columns of one 8x8 matrix
 
-// --- ldmatrix and stmatrix ------------------------------------------------------------------------
+// --- ldmatrix and stmatrix
+// ------------------------------------------------------------------------
 
 struct Matrices {
   uint16_t* elements;  // [matrices, 8, 8]
@@ -72,7 +74,8 @@ std::vector<uint16_t> numbered(int count) {
   return values;
 }
 
-// Register i of lane l holds elements (l / 4, 2 * (l % 4)) and (l / 4, 2 * (l % 4) + 1) of matrix i.
+// Register i of lane l holds elements (l / 4, 2 * (l % 4)) and (l / 4, 2 * (l % 4) + 1) of matrix
+// i.
 int element_index(int lane, int matrix, int half, bool trans) {
   const int row = lane / 4;
   const int column = 2 * (lane % 4) + half;
@@ -123,7 +126,8 @@ const Register m10("ok stmatrix x1 trans", check_stmatrix<1, true>);
 const Register m11("ok stmatrix x2 trans", check_stmatrix<2, true>);
 const Register m12("ok stmatrix x4 trans", check_stmatrix<4, true>);
 
-// --- mma ------------------------------------------------------------------------------------------
+// --- mma
+// ------------------------------------------------------------------------------------------
 
 constexpr int kM = 16, kN = 8, kK = 16;
 
@@ -176,8 +180,9 @@ struct Operands {
   }
 };
 
-// The same through shared memory: ldmatrix x4 gives the four parts of A in the order of its fragment;
-// B is either stored by columns, or by rows (kByRows) and transposed while loading (kTrans).
+// The same through shared memory: ldmatrix x4 gives the four parts of A in the order of its
+// fragment; B is either stored by columns, or by rows (kByRows) and transposed while loading
+// (kTrans).
 template <class T, bool kByRows, bool kTrans>
 __global__ void ldmatrix_mma_kernel(const __grid_constant__ MmaParams<T> p) {
   SharedArena arena;

@@ -55,7 +55,9 @@ __global__ void stmatrix_kernel(const __grid_constant__ InOut) {
   ptx::stmatrix_x1(ptx::smem_addr(tile.words + threadIdx.x % 8 * 4), value);
 }
 
-void stmatrix() { launch(stmatrix_kernel, one_block(32, shared_bytes<Tile>()), {nullptr, nullptr}); }
+void stmatrix() {
+  launch(stmatrix_kernel, one_block(32, shared_bytes<Tile>()), {nullptr, nullptr});
+}
 const Register r7("stmatrix, which sm_80 lacks", stmatrix);
 
 }  // namespace

@@ -6,7 +6,8 @@ namespace {
 
 constexpr int kThreads = 64;
 
-// --- shared memory --------------------------------------------------------------------------------
+// --- shared memory
+// --------------------------------------------------------------------------------
 
 struct TwoArrays {
   float* first;
@@ -100,7 +101,8 @@ void shared_too_large() {
 }
 const Register r6("bug shared memory larger than taken", shared_too_large);
 
-// --- global memory --------------------------------------------------------------------------------
+// --- global memory
+// --------------------------------------------------------------------------------
 
 __global__ void misaligned_kernel(const __grid_constant__ InOut p) {
   const auto word = ptx::load_word<uint4>(p.in + 1 + 4 * threadIdx.x);
@@ -165,7 +167,8 @@ void deep_stack() {
 }
 const Register r11("bug more local memory than a stack holds", deep_stack);
 
-// --- races ----------------------------------------------------------------------------------------
+// --- races
+// ----------------------------------------------------------------------------------------
 
 __global__ void racing_blocks_kernel(const __grid_constant__ InOut p) {
   if (threadIdx.x == 0) p.out[0] += p.in[blockIdx.x];

@@ -6,7 +6,8 @@ namespace {
 
 constexpr int kWarp = 32;
 
-// --- a producer warp and a consumer warp hand a buffer to and fro with named barriers -------------
+// --- a producer warp and a consumer warp hand a buffer to and fro with named barriers
+// -------------
 
 __global__ void hand_over_kernel(const __grid_constant__ InOut p) {
   constexpr int kFull = 1, kEmpty = 2, kRounds = 5;
@@ -40,7 +41,8 @@ void hand_over() {
 }
 const Register r1("ok producer and consumer with named barriers", hand_over);
 
-// --- the two halves of a warp are in different collectives at once --------------------------------
+// --- the two halves of a warp are in different collectives at once
+// --------------------------------
 
 __global__ void half_warps_kernel(const __grid_constant__ InOut p) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -86,7 +88,8 @@ void early_warps() {
 }
 const Register r3("ok warps leave early", early_warps);
 
-// --- a partial warp with the mask of the lanes it has ---------------------------------------------
+// --- a partial warp with the mask of the lanes it has
+// ---------------------------------------------
 
 __global__ void partial_warp_kernel(const __grid_constant__ InOut p) {
   const int tid = static_cast<int>(threadIdx.x);
@@ -104,7 +107,8 @@ void partial_warp() {
 }
 const Register r4("ok block of one and a half warps", partial_warp);
 
-// --- a loop whose length the warp agrees on by vote -----------------------------------------------
+// --- a loop whose length the warp agrees on by vote
+// -----------------------------------------------
 
 __global__ void vote_loop_kernel(const __grid_constant__ InOut p) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -130,7 +134,8 @@ void vote_loop() {
 }
 const Register r5("ok votes and reductions steer a loop", vote_loop);
 
-// --- shuffles at the edges of their segments ------------------------------------------------------
+// --- shuffles at the edges of their segments
+// ------------------------------------------------------
 
 __global__ void shuffle_edges_kernel(const __grid_constant__ InOut p) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -155,7 +160,8 @@ void shuffle_edges() {
 }
 const Register r6("ok shuffles at segment edges", shuffle_edges);
 
-// --- blocks add to one histogram; one lane adds for all lanes of the same bin ---------------------
+// --- blocks add to one histogram; one lane adds for all lanes of the same bin
+// ---------------------
 
 struct Histogram {
   int* bins;  // [5]
@@ -180,7 +186,8 @@ void histogram() {
 }
 const Register r7("ok atomics across blocks", histogram);
 
-// --- one warp waits for a flag that another one sets ----------------------------------------------
+// --- one warp waits for a flag that another one sets
+// ----------------------------------------------
 
 __global__ void flag_kernel(const __grid_constant__ InOut p) {
   SharedArena arena;
@@ -203,7 +210,8 @@ void flag() {
 }
 const Register r8("ok spinning on an atomic flag", flag);
 
-// --- shared memory used again as another type -----------------------------------------------------
+// --- shared memory used again as another type
+// -----------------------------------------------------
 
 __global__ void reuse_kernel(const __grid_constant__ InOut p) {
   SharedArena arena;
@@ -229,7 +237,8 @@ void reuse() {
 }
 const Register r9("ok shared memory reused as another type", reuse);
 
-// --- one launch reads what the one before it wrote, after waiting for it --------------------------
+// --- one launch reads what the one before it wrote, after waiting for it
+// --------------------------
 
 __global__ void dependent_kernel(const __grid_constant__ InOut p) {
   ptx::griddep_wait();
@@ -249,7 +258,8 @@ void dependent_launches() {
 }
 const Register r10("ok dependent launches", dependent_launches);
 
-// --- rows past the end are filled with zeros by the copy ------------------------------------------
+// --- rows past the end are filled with zeros by the copy
+// ------------------------------------------
 
 __global__ void zero_fill_kernel(const __grid_constant__ InOut p) {
   SharedArena arena;
@@ -273,7 +283,8 @@ void zero_fill() {
 }
 const Register r11("ok copies that fill with zeros", zero_fill);
 
-// --- a three-dimensional block in a three-dimensional grid ----------------------------------------
+// --- a three-dimensional block in a three-dimensional grid
+// ----------------------------------------
 
 __global__ void dimensions_kernel(const __grid_constant__ InOut p) {
   const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
@@ -286,8 +297,7 @@ __global__ void dimensions_kernel(const __grid_constant__ InOut p) {
 void dimensions() {
   const int count = 2 * 3 * 4 * 5 * 6 * 7;
   std::vector<float> out(count, -1.0f);
-  launch(dimensions_kernel, {.grid = dim3(2, 3, 4), .block = dim3(5, 6, 7)},
-         {nullptr, out.data()});
+  launch(dimensions_kernel, {.grid = dim3(2, 3, 4), .block = dim3(5, 6, 7)}, {nullptr, out.data()});
   expect_equal(out, counting(count));
 }
 const Register r12("ok three-dimensional grid and block", dimensions);

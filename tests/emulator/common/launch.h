@@ -1,5 +1,5 @@
-// The emulator's twin of csrc/common/launch.h: the same names and signatures on a CPU. A launch runs
-// the whole grid before it returns; streams and devices do not exist.
+// The emulator's twin of csrc/common/launch.h: the same names and signatures on a CPU. A launch
+// runs the whole grid before it returns; streams and devices do not exist.
 #pragma once
 
 #include <vector_types.h>
@@ -45,7 +45,8 @@ struct DeviceProperties {
   int arch() const { return major * 10 + minor; }
 };
 
-// --- shared memory ----------------------------------------------------------------------------------
+// --- shared memory
+// ----------------------------------------------------------------------------------
 
 constexpr int align_shared(int offset, int alignment) {
   return (offset + alignment - 1) / alignment * alignment;
@@ -73,7 +74,8 @@ constexpr int shared_bytes() {
   return size.bytes;
 }
 
-// --- devices ----------------------------------------------------------------------------------------
+// --- devices
+// ----------------------------------------------------------------------------------------
 
 class DeviceGuard {
  public:
@@ -95,7 +97,8 @@ inline const DeviceProperties& device_properties(int) {
 
 inline std::string device_problem() { return ""; }
 
-// --- launching --------------------------------------------------------------------------------------
+// --- launching
+// --------------------------------------------------------------------------------------
 
 inline unsigned grid_size(int64_t blocks) {
   if (blocks > INT32_MAX) {

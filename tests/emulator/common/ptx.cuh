@@ -1,7 +1,7 @@
-// The emulator's twin of csrc/common/ptx.cuh: the same names and signatures, run by fibers on a CPU.
-// Every function that can go wrong takes the place it was called from, so that a report names it. What
-// touches the kernel's memory (loads, stores, atomics, landing copies) stands here and is instrumented
-// by the sanitizers like the kernel itself; everything else is behind core/emulator.h.
+// The emulator's twin of csrc/common/ptx.cuh: the same names and signatures, run by fibers on a
+// CPU. Every function that can go wrong takes the place it was called from, so that a report names
+// it. What touches the kernel's memory (loads, stores, atomics, landing copies) stands here and is
+// instrumented by the sanitizers like the kernel itself; everything else is behind core/emulator.h.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,13 +24,15 @@ using emulator::Site;
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kFullMask = 0xffffffffu;
 
-// --- shared memory ----------------------------------------------------------------------------------
+// --- shared memory
+// ----------------------------------------------------------------------------------
 
 inline uint32_t smem_addr(const void* pointer, const Site& site = Site::current()) {
   return emulator::shared_address(pointer, site);
 }
 
-// --- barriers ---------------------------------------------------------------------------------------
+// --- barriers
+// ---------------------------------------------------------------------------------------
 
 inline void sync_threads(const Site& site = Site::current()) { emulator::sync_threads(site); }
 
@@ -46,7 +48,8 @@ inline void bar_arrive(int id, int num_threads, const Site& site = Site::current
   emulator::named_barrier(id, num_threads, false, site);
 }
 
-// --- warp collectives -------------------------------------------------------------------------------
+// --- warp collectives
+// -------------------------------------------------------------------------------
 
 namespace detail {
 
@@ -116,8 +119,7 @@ inline bool all(bool predicate, unsigned mask = kFullMask, const Site& site = Si
 
 inline unsigned ballot(bool predicate, unsigned mask = kFullMask,
                        const Site& site = Site::current()) {
-  return static_cast<unsigned>(
-      detail::vote(emulator::Collective::kBallot, predicate, mask, site));
+  return static_cast<unsigned>(detail::vote(emulator::Collective::kBallot, predicate, mask, site));
 }
 
 template <class T>
@@ -146,7 +148,8 @@ T reduce_max(T value, unsigned mask = kFullMask, const Site& site = Site::curren
   return detail::reduce(kReduceMaxSigned, kReduceMaxUnsigned, value, mask, site);
 }
 
-// --- memory access ----------------------------------------------------------------------------------
+// --- memory access
+// ----------------------------------------------------------------------------------
 
 namespace detail {
 
@@ -182,7 +185,8 @@ void store_word(void* address, Word word, const Site& site = Site::current()) {
   *static_cast<Word*>(address) = word;
 }
 
-// --- atomics ----------------------------------------------------------------------------------------
+// --- atomics
+// ----------------------------------------------------------------------------------------
 
 namespace detail {
 
@@ -225,7 +229,8 @@ T atomic_exch(T* address, T value, const Site& site = Site::current()) {
   return detail::atomic_update(address, [=](T) { return value; }, site);
 }
 
-// --- arithmetic -------------------------------------------------------------------------------------
+// --- arithmetic
+// -------------------------------------------------------------------------------------
 
 inline float exp2(float x) { return emulator::approximate_exp2(x, false); }
 inline float exp2_ftz(float x) { return emulator::approximate_exp2(x, true); }
@@ -235,7 +240,8 @@ inline float rsqrt(float x) { return emulator::approximate_rsqrt(x); }
 
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fma(double a, double b, double c) { return std::fma(a, b, c); }
-// In double a product of 16-bit numbers is exact and the sum rounds far below the result's last bit.
+// In double a product of 16-bit numbers is exact and the sum rounds far below the result's last
+// bit.
 inline __nv_bfloat162 fma(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
   const auto one = [](__nv_bfloat16 x, __nv_bfloat16 y, __nv_bfloat16 z) {
     return __double2bfloat16(static_cast<double>(float(x)) * float(y) + float(z));
@@ -268,12 +274,14 @@ uint32_t pack2(float low, float high) {
   return packed;
 }
 
-// --- matrix fragments -------------------------------------------------------------------------------
+// --- matrix fragments
+// -------------------------------------------------------------------------------
 
 namespace detail {
 
-// Each lane reads (writes) the row whose address it gives, in its own name; the exchange between rows
-// and fragments goes around the sanitizers. The address is checked in lanes that give none, too.
+// Each lane reads (writes) the row whose address it gives, in its own name; the exchange between
+// rows and fragments goes around the sanitizers. The address is checked in lanes that give none,
+// too.
 template <int kCount>
 void ldmatrix(emulator::Collective operation, uint32_t (&r)[kCount], uint32_t row,
               const Site& site) {
@@ -364,7 +372,8 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                        kFullMask, &lane, site);
 }
 
-// --- asynchronous copies ----------------------------------------------------------------------------
+// --- asynchronous copies
+// ----------------------------------------------------------------------------
 
 namespace detail {
 
@@ -387,7 +396,8 @@ inline void land(const emulator::Copy& copy) {
   if (copy.source != nullptr) {
     bytes = *static_cast<const Bytes16*>(copy.source);
     if (std::memcmp(bytes.byte, copy.snapshot, sizeof(bytes)) != 0) {
-      emulator::fail("the source of an asynchronous copy changed while it was in flight", copy.site);
+      emulator::fail("the source of an asynchronous copy changed while it was in flight",
+                     copy.site);
     }
   }
   *destination = bytes;
@@ -419,7 +429,8 @@ void cp_async_wait() {
   while (emulator::next_landing(kPending, &copy)) detail::land(copy);
 }
 
-// --- dependent launch -------------------------------------------------------------------------------
+// --- dependent launch
+// -------------------------------------------------------------------------------
 
 inline void griddep_wait() { emulator::griddep_wait(); }
 

@@ -1,6 +1,6 @@
-// Approximate instructions: the exact value moved by a pseudo-random share of the error that the PTX ISA
-// documents, so that code which relies on exact results fails here and not on some GPU. The share is
-// a function of the argument alone: every schedule sees the same bits.
+// Approximate instructions: the exact value moved by a pseudo-random share of the error that the
+// PTX ISA documents, so that code which relies on exact results fails here and not on some GPU. The
+// share is a function of the argument alone: every schedule sees the same bits.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -66,8 +66,8 @@ float approximate_rcp(float x) {
   }
   // Within 1 ulp lie the two neighbours of the exact value; take the farther one half of the time.
   const bool is_above = static_cast<double>(nearest) > exact;
-  const float limit = is_above ? -std::numeric_limits<float>::infinity()
-                               : std::numeric_limits<float>::infinity();
+  const float limit =
+      is_above ? -std::numeric_limits<float>::infinity() : std::numeric_limits<float>::infinity();
   const bool take_farther = share(x, 3) > 0 && static_cast<double>(nearest) != exact;
   return flushed(take_farther ? std::nextafter(nearest, limit) : nearest);
 }

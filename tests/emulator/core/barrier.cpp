@@ -64,9 +64,10 @@ void named_barrier(int id, int num_threads, bool wait, const Site& site) {
     fail(format("named barrier id %d is out of range: 1 to 15 (0 is sync_threads)", id), site);
   }
   if (num_threads <= 0 || num_threads % kWarpSize != 0 || num_threads > block.num_threads) {
-    fail(format("named barrier %d for %d threads: expected a multiple of 32, at most the block's %d",
-                id, num_threads, block.num_threads),
-         site);
+    fail(
+        format("named barrier %d for %d threads: expected a multiple of 32, at most the block's %d",
+               id, num_threads, block.num_threads),
+        site);
   }
   Barrier& barrier = block.barriers[id];
   if (barrier.arrived == 0) {
@@ -97,10 +98,10 @@ void check_barriers_at_end() {
   for (int id = 1; id < kMaxNamedBarriers; ++id) {
     const Barrier& barrier = block.barriers[id];
     if (barrier.arrived > 0) {
-      record_failure(format("the block ends with %d of %d arrivals left at named barrier %d, the first "
-                          "from %s",
-                          barrier.arrived, barrier.expected, id,
-                          describe(barrier.first_site).c_str()));
+      record_failure(
+          format("the block ends with %d of %d arrivals left at named barrier %d, the first "
+                 "from %s",
+                 barrier.arrived, barrier.expected, id, describe(barrier.first_site).c_str()));
     }
   }
 }

@@ -28,8 +28,9 @@ void check_mask(const char* name, uint32_t mask, const Site& site) {
   const Thread& self = *current;
   const Warp& warp = block.warps[self.warp];
   if ((mask & bit(self.lane)) == 0) {
-    fail(format("%s: lane %d calls with mask 0x%08x, which does not name it", name, self.lane, mask),
-         site);
+    fail(
+        format("%s: lane %d calls with mask 0x%08x, which does not name it", name, self.lane, mask),
+        site);
   }
   if ((mask & ~warp.exists) != 0) {
     fail(format("%s: mask 0x%08x names %s, which the block of %d threads does not have", name, mask,
@@ -43,8 +44,9 @@ void check_mask(const char* name, uint32_t mask, const Site& site) {
   }
 }
 
-// The lanes of `mask` that already wait for the same collective. A waiting lane that wants the running
-// one must agree with it in everything; one that does not is busy elsewhere and may come later.
+// The lanes of `mask` that already wait for the same collective. A waiting lane that wants the
+// running one must agree with it in everything; one that does not is busy elsewhere and may come
+// later.
 uint32_t lanes_already_here(const char* name, bool is_sync, Collective operation, uint32_t mask,
                             const Site& site) {
   const Thread& self = *current;
@@ -191,9 +193,9 @@ void complete_vote(Collective operation, uint32_t mask, void* const* data) {
 
 const char* name_of(Collective operation) {
   static constexpr const char* kNames[] = {
-      "shfl",       "shfl_up",    "shfl_down",      "shfl_xor", "any",
-      "all",        "ballot",     "match_any",      "reduce_add", "reduce_min",
-      "reduce_min", "reduce_max", "reduce_max",     "ldmatrix", "ldmatrix_trans",
+      "shfl",       "shfl_up",        "shfl_down",    "shfl_xor",    "any",
+      "all",        "ballot",         "match_any",    "reduce_add",  "reduce_min",
+      "reduce_min", "reduce_max",     "reduce_max",   "ldmatrix",    "ldmatrix_trans",
       "stmatrix",   "stmatrix_trans", "mma_m16n8k16", "mma_m16n8k16"};
   return kNames[static_cast<int>(operation)];
 }

@@ -1,6 +1,7 @@
-// What a test chooses (schedule, seed, GPU, arithmetic) and what it may ask afterwards (which kernels
-// were launched). Options come from environment variables EXAFUSE_EMULATOR_<NAME> when the library is
-// loaded, and from exafuse_emulator_set() later; tests/emulator/control.py is the Python side.
+// What a test chooses (schedule, seed, GPU, arithmetic) and what it may ask afterwards (which
+// kernels were launched). Options come from environment variables EXAFUSE_EMULATOR_<NAME> when the
+// library is loaded, and from exafuse_emulator_set() later; tests/emulator/control.py is the Python
+// side.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -105,7 +106,8 @@ void record_launch(const LaunchRequest& request) {
                                           request.smem_bytes};
 }
 
-// What a GPU would answer with an error, or, for y and z of the grid in some frameworks, with silence.
+// What a GPU would answer with an error, or, for y and z of the grid in some frameworks, with
+// silence.
 void check_limits(const LaunchRequest& request) {
   const auto refuse = [&](const std::string& why) {
     throw std::runtime_error("emulator: launch of " + kernel_name(request.kernel) + " at " +
@@ -122,7 +124,8 @@ void check_limits(const LaunchRequest& request) {
   }
   const uint64_t threads = static_cast<uint64_t>(shape.x) * shape.y * shape.z;
   if (threads > kMaxThreads || shape.z > 64) {
-    refuse(format("block (%u, %u, %u) exceeds 1024 threads or 64 along z", shape.x, shape.y, shape.z));
+    refuse(
+        format("block (%u, %u, %u) exceeds 1024 threads or 64 along z", shape.x, shape.y, shape.z));
   }
   if (request.smem_bytes < 0 || request.smem_bytes > gpu_model().max_smem_bytes) {
     refuse(format("%d bytes of shared memory, %s offers %d", request.smem_bytes, gpu_model().name,
@@ -144,8 +147,8 @@ EXAFUSE_EXPORT uint64_t exafuse_emulator_num_launches() { return exafuse::emulat
 
 EXAFUSE_EXPORT void exafuse_emulator_clear_launches() { exafuse::emulator::num_records = 0; }
 
-// Describes launch number `i` as "name|grid x|y|z|block x|y|z|shared bytes" into `text`; the oldest of
-// more than 4096 are forgotten. Returns 0, or -1 if there is no such launch.
+// Describes launch number `i` as "name|grid x|y|z|block x|y|z|shared bytes" into `text`; the oldest
+// of more than 4096 are forgotten. Returns 0, or -1 if there is no such launch.
 EXAFUSE_EXPORT int exafuse_emulator_launch(uint64_t i, char* text, size_t capacity) {
   using namespace exafuse::emulator;
   if (i >= num_records || i + kMaxRecords < num_records) return -1;

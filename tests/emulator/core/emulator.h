@@ -1,6 +1,7 @@
-// The emulator's interface. The first part is what the emulated ptx.cuh calls from inside a kernel, the
-// second what the emulated launch.h calls from a host function. Everything behind it is compiled
-// without sanitizers, so a sanitizer sees the kernels and their memory traffic but not the scheduler.
+// The emulator's interface. The first part is what the emulated ptx.cuh calls from inside a kernel,
+// the second what the emulated launch.h calls from a host function. Everything behind it is
+// compiled without sanitizers, so a sanitizer sees the kernels and their memory traffic but not the
+// scheduler.
 #pragma once
 
 #include <vector_types.h>
@@ -135,7 +136,8 @@ struct LaunchRequest {
   Site site;
 };
 
-// Runs the whole grid and returns; throws std::runtime_error for what a GPU would refuse or get wrong.
+// Runs the whole grid and returns; throws std::runtime_error for what a GPU would refuse or get
+// wrong.
 void run(const LaunchRequest& request);
 
 std::string kernel_name(const void* kernel);

@@ -1,6 +1,6 @@
-// Memory faults of a kernel (a wild pointer, a stack overflow, a division by zero) become failures of
-// the launch. The handler does not throw: it makes the faulting fiber continue in land() on a stack of
-// its own, which composes the report and goes back to the host for good.
+// Memory faults of a kernel (a wild pointer, a stack overflow, a division by zero) become failures
+// of the launch. The handler does not throw: it makes the faulting fiber continue in land() on a
+// stack of its own, which composes the report and goes back to the host for good.
 #include <signal.h>
 #include <ucontext.h>
 
@@ -42,8 +42,7 @@ void* fault_instruction = nullptr;
     message = format("memory fault at address %p", fault_address);
   }
   void* frames[] = {fault_instruction};
-  abandon_launch(std::make_exception_ptr(
-      std::runtime_error(report(message, nullptr, frames, 1))));
+  abandon_launch(std::make_exception_ptr(std::runtime_error(report(message, nullptr, frames, 1))));
 }
 
 void handle(int signal, siginfo_t* info, void* context) {
@@ -66,7 +65,7 @@ void catch_faults() {
   alternate.ss_sp = handler_stack;
   alternate.ss_size = sizeof(handler_stack);
   sigaltstack(&alternate, &previous_stack);
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = handle;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &action, &previous[i]);

@@ -1,5 +1,5 @@
-// Stacks and the switch between them: some instructions of assembly, and what each sanitizer wants to
-// be told about it.
+// Stacks and the switch between them: some instructions of assembly, and what each sanitizer wants
+// to be told about it.
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -91,8 +91,8 @@ Stack* prepare_stack(int number, void (*entry)()) {
   __asan_unpoison_memory_region(stack->memory, kStackBytes);
   stack->asan_fake_stack = nullptr;
 #endif
-  // From the top: a null return address for `entry` (8 bytes past a multiple of 16, as after a call),
-  // the address that the switch returns to, six registers.
+  // From the top: a null return address for `entry` (8 bytes past a multiple of 16, as after a
+  // call), the address that the switch returns to, six registers.
   void** top = reinterpret_cast<void**>(stack->memory + kStackBytes) - 3;
   top[0] = nullptr;
   top[-1] = reinterpret_cast<void*>(entry);

@@ -1,5 +1,5 @@
-// Matrix fragments of the tensor cores: ldmatrix, stmatrix and mma.m16n8k16, after the tables of the
-// PTX ISA. tests/emulator/bugs/selftest.cu holds them against plain loops.
+// Matrix fragments of the tensor cores: ldmatrix, stmatrix and mma.m16n8k16, after the tables of
+// the PTX ISA. tests/emulator/bugs/selftest.cu holds them against plain loops.
 #include <cstring>
 
 #include "core/state.h"
@@ -30,7 +30,8 @@ struct Place {
 Place place_of(int lane, int matrix, int half, bool trans) {
   const int row = lane / 4;
   const int column = lane % 4 * 2 + half;
-  return trans ? Place{matrix * kMatrixRows + column, row} : Place{matrix * kMatrixRows + row, column};
+  return trans ? Place{matrix * kMatrixRows + column, row}
+               : Place{matrix * kMatrixRows + row, column};
 }
 
 // CUDA's own conversions are inline functions that the instrumented kernels use as well; the linker
@@ -49,8 +50,8 @@ float widen_fp16(uint32_t word, int half) {
   return static_cast<float>(value);
 }
 
-// Products of 16-bit numbers are exact in fp32, sums are not; the hardware's order and rounding of the
-// sums are its own, so two ways of adding are on offer.
+// Products of 16-bit numbers are exact in fp32, sums are not; the hardware's order and rounding of
+// the sums are its own, so two ways of adding are on offer.
 float dot(const float* a, const float* b, float c) {
   if (options().mma_in_double) {
     double sum = c;

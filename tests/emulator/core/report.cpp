@@ -1,5 +1,5 @@
-// Failure texts: what went wrong, in which kernel, block and thread, and the chain of source lines that
-// led there, found by the addr2line of the compiler's binutils.
+// Failure texts: what went wrong, in which kernel, block and thread, and the chain of source lines
+// that led there, found by the addr2line of the compiler's binutils.
 #include <dlfcn.h>
 #include <execinfo.h>
 #include <fcntl.h>
@@ -59,7 +59,8 @@ pid_t start_addr2line(const char* module, const std::string& offset, FILE** pipe
   if (pipe2(ends, O_CLOEXEC) != 0) return -1;
   const char* arguments[] = {"addr2line", "-C", "-f", "-i", "-e", module, offset.c_str(), nullptr};
   const char* path = std::getenv("PATH");
-  const std::string path_variable = std::string("PATH=") + (path == nullptr ? "/usr/bin:/bin" : path);
+  const std::string path_variable =
+      std::string("PATH=") + (path == nullptr ? "/usr/bin:/bin" : path);
   const char* environment[] = {path_variable.c_str(), nullptr};
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
@@ -195,13 +196,13 @@ void fail(const std::string& message, const Site& site) {
 }
 
 void record_failure(const std::string& message) {
-  launch.error = std::make_exception_ptr(
-      std::runtime_error(report(message, nullptr, nullptr, 0)));
+  launch.error = std::make_exception_ptr(std::runtime_error(report(message, nullptr, nullptr, 0)));
 }
 
 void check_access(const void* address, int bytes, const char* what, const Site& site) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
-    fail(format("%s of %d bytes at %p, which is not aligned to %d bytes", what, bytes, address, bytes),
+    fail(format("%s of %d bytes at %p, which is not aligned to %d bytes", what, bytes, address,
+                bytes),
          site);
   }
   const char* byte = static_cast<const char*>(address);

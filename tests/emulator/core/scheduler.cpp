@@ -1,5 +1,6 @@
-// Runs a grid block by block, and within a block one fiber per thread. Control passes from thread to
-// thread only where a thread must wait, so that nothing may be taken from lanes running in lockstep.
+// Runs a grid block by block, and within a block one fiber per thread. Control passes from thread
+// to thread only where a thread must wait, so that nothing may be taken from lanes running in
+// lockstep.
 #include <pthread.h>
 
 #include <cstdlib>
@@ -38,7 +39,8 @@ int nth_bit(uint32_t bits, uint32_t n) {
   return lowest(bits);
 }
 
-// The next thread in ascending (descending) order after the one that ran last, all around the block.
+// The next thread in ascending (descending) order after the one that ran last, all around the
+// block.
 int pick_in_order(bool ascending) {
   const int warp = block.cursor / kWarpSize;
   const int lane = block.cursor % kWarpSize;
@@ -51,8 +53,8 @@ int pick_in_order(bool ascending) {
   return next * kWarpSize + (ascending ? lowest(runnable) : highest(runnable));
 }
 
-// A random lane of a random warp; one warp of the block hardly ever gets its turn, so that the others
-// run as far ahead of it as the barriers let them.
+// A random lane of a random warp; one warp of the block hardly ever gets its turn, so that the
+// others run as far ahead of it as the barriers let them.
 int pick_at_random() {
   uint32_t warps = block.runnable_warps;
   if (block.slow_warp >= 0 && next_random() % kSlowWarpPeriod != 0) {
@@ -153,8 +155,9 @@ void prepare_block(const uint3& index, uint64_t sequence) {
   blockIdx = index;
   const dim3& shape = launch.request->block;
   const int num_stacks = 2 * block.num_threads;
-  // Blocks rotate through twice as many stacks as they have threads. ThreadSanitizer knows a stack as
-  // one thread of execution, so a thread of one block must not always follow the same of another.
+  // Blocks rotate through twice as many stacks as they have threads. ThreadSanitizer knows a stack
+  // as one thread of execution, so a thread of one block must not always follow the same of
+  // another.
   const int rotation = static_cast<int>((sequence * 0x9E3779B97F4A7C15u >> 33) % num_stacks);
   block.num_exited = 0;
   block.runnable_warps = 0;
@@ -200,8 +203,8 @@ uint64_t greatest_common_divisor(uint64_t a, uint64_t b) {
   return b == 0 ? a : greatest_common_divisor(b, a % b);
 }
 
-// The random schedule walks the grid in strides that have no divisor in common with its size, so that
-// each block comes once.
+// The random schedule walks the grid in strides that have no divisor in common with its size, so
+// that each block comes once.
 uint64_t random_stride(uint64_t count) {
   uint64_t stride = 1 + next_random() % count;
   while (greatest_common_divisor(stride, count) != 1) ++stride;
@@ -214,9 +217,10 @@ void run_grid() {
   const Schedule schedule = options().schedule;
   const uint64_t stride = schedule == Schedule::kRandom ? random_stride(count) : 1;
   for (uint64_t i = 0; i < count && launch.error == nullptr; ++i) {
-    const uint64_t number = schedule == Schedule::kReverse
-                                ? count - 1 - i
-                                : static_cast<uint64_t>(static_cast<unsigned __int128>(i) * stride % count);
+    const uint64_t number =
+        schedule == Schedule::kReverse
+            ? count - 1 - i
+            : static_cast<uint64_t>(static_cast<unsigned __int128>(i) * stride % count);
     uint3 index;
     index.x = static_cast<unsigned>(number % grid.x);
     index.y = static_cast<unsigned>(number / grid.x % grid.y);

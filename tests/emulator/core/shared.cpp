@@ -1,5 +1,6 @@
-// Shared memory and the asynchronous copies into it. Each array of a block lies apart from the next,
-// filled with NaN; what lies between is poison for AddressSanitizer and a canary for everyone else.
+// Shared memory and the asynchronous copies into it. Each array of a block lies apart from the
+// next, filled with NaN; what lies between is poison for AddressSanitizer and a canary for everyone
+// else.
 #include <cstdlib>
 #include <new>
 
@@ -68,8 +69,7 @@ void reset_shared_memory() {
   const size_t bytes = round_up(launch.request->smem_bytes, kGap) + 3 * kGap * kMaxSharedArrays;
 #if defined(EXAFUSE_EMULATOR_TSAN)
   block.shared_capacity = bytes;
-  block.shared =
-      static_cast<char*>(allocate_for_block(bytes, &launch.started, &block.started));
+  block.shared = static_cast<char*>(allocate_for_block(bytes, &launch.started, &block.started));
 #else
   if (bytes > block.shared_capacity) {
     std::free(block.shared);
@@ -129,8 +129,9 @@ void check_shared_memory() {
     const SharedArray& array = block.arrays[i];
     for (uint32_t k = end_of(array); k < end_of_gap(array); ++k) {
       if (static_cast<unsigned char>(block.shared[k]) == kFill) continue;
-      record_failure(format("shared array %d (%d bytes at offset %d) was written %u bytes past its end",
-                            i, array.bytes, array.begin, k - end_of(array)));
+      record_failure(
+          format("shared array %d (%d bytes at offset %d) was written %u bytes past its end", i,
+                 array.bytes, array.begin, k - end_of(array)));
       return;
     }
   }

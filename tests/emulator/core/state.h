@@ -34,9 +34,9 @@ extern const size_t kStackBytes;
 Stack* prepare_stack(int number, void (*entry)());
 // Forgets every stack: after a failed launch frames of abandoned threads lie on them.
 void discard_stacks(void* launch_ended);
-void enter_fibers(Stack* host);               // before the first switch of a launch
+void enter_fibers(Stack* host);  // before the first switch of a launch
 void switch_stack(Stack* from, Stack* to, bool from_is_done);
-void arrived_on_new_stack();                  // first statement of a stack's entry function
+void arrived_on_new_stack();  // first statement of a stack's entry function
 bool is_guard_page(const void* address);
 
 // Orders memory between contexts, for ThreadSanitizer only.
@@ -139,7 +139,8 @@ bool same_place(const Site& a, const Site& b);
 void check_barriers_at_exit(const Thread& thread);
 void check_barriers_at_end();
 void check_collectives_at_exit(const Thread& thread);
-// Writes the results of a collective whose lanes `mask` have all arrived (collective.cpp, fragments.cpp).
+// Writes the results of a collective whose lanes `mask` have all arrived (collective.cpp,
+// fragments.cpp).
 void complete_collective(Collective operation, uint32_t mask, void* const* data);
 void complete_matrix(Collective operation, void* const* data);
 void complete_mma(Collective operation, void* const* data);

@@ -1,0 +1,1 @@
+"""A CUDA execution model on the CPU: builds, controls and sanitized runs of the kernels."""

@@ -1,0 +1,289 @@
+"""The emulator tells the truth: wrong kernels are caught by the build named for them."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulator import build, sanitizers
+from emulator.control import SCHEDULES, Emulator
+
+ROOT = build.ROOT
+pytestmark = pytest.mark.emulated
+
+# Wrong kernels that the plain build catches in every schedule, and the words it finds for them.
+PLAIN = {
+    "bug missing barrier before read": "nan",
+    "bug divergent barrier": r"divergent sync_threads\(\)",
+    "bug half the block skips the barrier": "sync_threads",
+    "bug thread exits before the barrier": "ends while|can never be reached",
+    "bug one warp meets one barrier more": "ends while|can never be reached",
+    "bug named barrier with two counts": "named barrier 1|deadlock",
+    "bug arrival nobody waits for": "32 of 64 arrivals left at named barrier 2",
+    "bug warps wait at two named barriers": "deadlock.*bar_sync.*bar_sync",
+    "bug lane missing from a collective": "lane 5 ends while lane|ended before",
+    "bug one lane alone in a collective": "deadlock.*thread 0 in shfl",
+    "bug collective at two places": "the lanes of the warp diverge",
+    "bug lane outside its own mask": "does not name it",
+    "bug shuffle from a lane outside the mask": "reads from lane 20",
+    "bug full mask in a partial warp": "names lanes 16-31, which the block of 48 threads",
+    "bug lanes taken to run in lockstep": "nan",
+    "bug uninitialised shared read": "element 9 is -?nan",
+    "bug shared write past the end": "written 0 bytes past its end",
+    "bug shared index into the neighbour array": "nan",
+    "bug shared memory smaller than taken": "takes 512 bytes.*gives it 256",
+    "bug shared memory larger than taken": "528 bytes of shared memory, it takes 512",
+    "bug misaligned vector access": "not aligned to 16 bytes",
+    "bug wild pointer": "memory fault at address 0x40",
+    "bug more local memory than a stack holds": "stack overflow",
+    "bug wait that lets one copy too many fly": "nan|in flight",
+    "bug buffer refilled too early": "nan",
+    "bug copy awaited without a barrier": "nan",
+    "bug thread exits with a copy in flight": "1 asynchronous copies in flight",
+    "bug store into a copy in flight": "destination of an asynchronous copy was written",
+    "bug source of a copy changes in flight": "source of an asynchronous copy changed",
+    "bug copy to a misaligned shared address": "not aligned to 16 bytes",
+    "bug global memory before griddep_wait": r"before griddep_wait\(\)",
+    "bug dependent launch that never waits": r"no thread called griddep_wait\(\)",
+    "bug grid.y beyond 65535": "exceeds .2147483647, 65535, 65535",
+    "bug empty grid": "empty grid",
+    "bug block of 1056 threads": "exceeds 1024 threads",
+    "bug more shared memory than the GPU has": "sm_90 offers 232448",
+    "bug approximation taken for exact": "expected 1.0",
+    "bug rsqrt of a subnormal": "infinite",
+    "bug fragment registers exchanged": "element 0 is",
+    "bug ldmatrix without trans": "element 0 is",
+}
+
+# Wrong kernels whose numbers may come out right, and the report of the sanitizer that sees them.
+ASAN = {
+    "bug shared read past the end": "use-after-poison",
+    "bug shared write past the end": "use-after-poison",
+    "bug shared index into the neighbour array": "use-after-poison",
+    "bug global read past the end": "heap-buffer-overflow",
+    "bug int32 offset": "signed integer overflow: 3 [*] 1073741824",
+    "bug more local memory than a stack holds": "stack-overflow",
+}
+TSAN = {
+    "bug missing barrier before overwrite": "barriers.cu",
+    "bug missing barrier before read": "barriers.cu",
+    "bug two blocks race": "memory.cu",
+    "bug counter without atomics": "memory.cu",
+    "bug lanes taken to run in lockstep": "collectives.cu",
+    "bug shuffle taken for a barrier": "collectives.cu",
+    "bug copy awaited without a barrier": "copies.cu",
+    "bug buffer refilled too early": "copies.cu",
+}
+
+
+@pytest.fixture(scope="module")
+def honesty():
+    """The plain build's module of honesty cases."""
+    return _load("plain")
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Emulator:
+    return Emulator(build.library("plain", "_honesty"))
+
+
+def _load(variant: str):
+    build.build(variant)
+    spec = importlib.util.spec_from_file_location("_honesty", build.library(variant, "_honesty"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_wrong_kernel_is_named_here(honesty):
+    wrong = {name for name in honesty.names() if name.startswith("bug ")}
+    assert wrong == PLAIN.keys() | ASAN.keys() | TSAN.keys()
+    assert len(wrong) >= 16
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_build_catches(honesty, emulator, name, schedule):
+    with (
+        emulator.schedule(schedule, seed=7),
+        pytest.raises((RuntimeError, AssertionError)) as caught,
+    ):
+        honesty.run(name)
+    assert re.search(PLAIN[name], str(caught.value), re.DOTALL), caught.value
+
+
+def test_correct_kernels_pass_in_every_schedule(honesty, emulator):
+    right = [name for name in honesty.names() if name.startswith("ok ")]
+    assert len(right) >= 8
+    for name in right:
+        for schedule in SCHEDULES:
+            for seed in (1, 2, 3):
+                with emulator.schedule(schedule, seed):
+                    honesty.run(name)
+
+
+def test_a_failure_names_kernel_block_thread_and_line_and_leaves_the_process_usable(honesty):
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="lane 5 ends") as caught:
+            honesty.run("bug lane missing from a collective")
+        message = str(caught.value)
+        assert "missing_lane_kernel" in message
+        assert "block (0, 0, 0), thread (5, 0, 0) of grid (1, 1, 1), block (32, 1, 1)" in message
+        source = (ROOT / "tests" / "emulator" / "bugs" / "collectives.cu").read_text().splitlines()
+        line = int(re.search(r"tests/emulator/bugs/collectives\.cu:(\d+)", message)[1])
+        assert "ptx::shfl_xor(value, 1)" in source[line - 1]
+        honesty.run("ok ldmatrix x4")
+
+
+def test_memory_faults_are_failures_of_the_launch(honesty):
+    for name in ("bug wild pointer", "bug more local memory than a stack holds") * 3:
+        with pytest.raises(RuntimeError, match=r"bugs/memory\.cu:\d+ in .*_kernel"):
+            honesty.run(name)
+        honesty.run("ok warps leave early")
+
+
+def test_emulated_gpu_sets_limits_and_instructions(honesty, emulator):
+    honesty.run("stmatrix, which sm_80 lacks")
+    emulator.set("gpu", "sm_80")
+    try:
+        with pytest.raises(RuntimeError, match="stmatrix needs sm_90"):
+            honesty.run("stmatrix, which sm_80 lacks")
+        with pytest.raises(RuntimeError, match="sm_80 offers 166912"):
+            honesty.run("bug more shared memory than the GPU has")
+    finally:
+        emulator.set("gpu", "sm_90")
+
+
+def test_exact_arithmetic_can_be_chosen(honesty, emulator):
+    emulator.set("mma", "double")
+    try:
+        honesty.run("ok mma bf16")
+        honesty.run("ok mma fp16")
+    finally:
+        emulator.set("mma", "single")
+
+
+def test_launches_are_recorded(honesty, emulator):
+    emulator.clear_launches()
+    honesty.run("ok dependent launches")
+    launches = emulator.launches()
+    assert [re.search(r"::(\w+)\(", launch.kernel)[1] for launch in launches] == [
+        "dependent_kernel",
+        "dependent_kernel",
+    ]
+    assert launches[0].grid == (1, 1, 1)
+    assert launches[0].block == (32, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("schedule", "sideways"), ("seed", "x"), ("gpu", "sm_75"), ("color", "red")]
+)
+def test_unknown_options_are_refused(emulator, name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        emulator.set(name, value)
+
+
+@pytest.mark.parametrize("name", ASAN)
+def test_address_and_undefined_behaviour_sanitizers_catch(name):
+    build.build("asan")
+    outcome = sanitizers.run("asan", ["tests/emulator/run_honesty.py", name], timeout=120)
+    assert outcome.returncode != 0, outcome.stdout
+    assert any(re.search(ASAN[name], report) for report in outcome.reports), outcome.stderr
+
+
+@pytest.mark.parametrize("name", TSAN)
+def test_thread_sanitizer_catches(name):
+    build.build("tsan")
+    outcome = sanitizers.run("tsan", ["tests/emulator/run_honesty.py", name], timeout=120)
+    assert outcome.returncode == 66, outcome.stderr
+    assert any("data race" in report and TSAN[name] in report for report in outcome.reports)
+
+
+@pytest.mark.parametrize("variant", ["asan", "tsan"])
+def test_sanitizers_find_nothing_in_correct_kernels(honesty, variant):
+    build.build(variant)
+    right = [name for name in honesty.names() if name.startswith("ok ")]
+    for schedule in SCHEDULES:
+        outcome = sanitizers.run(
+            variant, ["tests/emulator/run_honesty.py", "--schedule", schedule, *right], timeout=300
+        )
+        assert outcome.reports == []
+        assert outcome.returncode == 0, outcome.stderr
+        assert outcome.stdout.count(": passed") == len(right), outcome.stdout
+
+
+def test_a_caught_failure_is_no_report_of_the_sanitizer(honesty):
+    build.build("tsan")
+    name = "bug lane missing from a collective"
+    outcome = sanitizers.run("tsan", ["tests/emulator/run_honesty.py", name, "ok mma bf16"])
+    assert outcome.reports == []
+    assert "lane 5 ends" in outcome.stdout
+    assert "ok mma bf16: passed" in outcome.stdout
+
+
+def test_contracted_arithmetic_passes_too():
+    fast = _load("fast")
+    for name in fast.names():
+        if name.startswith("ok "):
+            fast.run(name)
+
+
+_NAME = re.compile(r"(?:^|\s|\*|&)(\w*[^\W_])\((?=[^;{]*\)[^;{]*\{)")
+
+
+def _functions(path: Path) -> set[str]:
+    """Names of the functions, structs and constants that a header defines for kernels to use."""
+    text = re.sub(r"//[^\n]*", "", path.read_text())
+    text = text.replace("__device__", "").replace("__forceinline__", "")
+    functions = set(_NAME.findall(text)) - {"if", "for", "while", "switch"}
+    types = set(re.findall(r"(?:struct|class) (\w+) \{", text))
+    constants = set(re.findall(r"inline constexpr [^=;]*?(\w+) = ", text))
+    return functions | types | constants
+
+
+@pytest.mark.parametrize(
+    ("header", "cuda_only"),
+    [
+        ("ptx.cuh", {"dynamic_smem", "SharedArena"}),
+        ("launch.h", {"throw_cuda_error", "check_cuda", "allow_shared_memory"}),
+    ],
+)
+def test_headers_offer_what_the_kernels_headers_offer(header, cuda_only):
+    real = _functions(ROOT / "csrc" / "common" / header)
+    emulated = _functions(ROOT / "tests" / "emulator" / "common" / header)
+    assert len(real) > 10
+    assert real - emulated <= cuda_only
+
+
+@pytest.mark.skipif(shutil.which("gdb") is None, reason="gdb is not installed")
+def test_breakpoints_in_kernels_work_in_gdb():
+    build.build("plain")
+    source = ROOT / "tests" / "emulator" / "bugs" / "tricky.cu"
+    line = 1 + next(i for i, text in enumerate(source.read_text().splitlines()) if "peers" in text)
+    commands = [
+        "set breakpoint pending on",
+        f"break tricky.cu:{line} if threadIdx.x == 9 && blockIdx.x == 2",
+        "run",
+        "print bin",
+        "print blockIdx.x",
+        "kill",
+    ]
+    program = [sys.executable, "tests/emulator/run_honesty.py", "ok atomics across blocks"]
+    arguments = [part for command in commands for part in ("-ex", command)]
+    done = subprocess.run(
+        ["gdb", "-batch", "-nx", *arguments, "--args", *program],
+        env=sanitizers.environment("plain"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "histogram_kernel" in done.stdout, done.stdout + done.stderr
+    assert "$1 = 2" in done.stdout  # thread 2 * 64 + 9 = 137 counts into bin 2
+    assert "$2 = 2" in done.stdout
