@@ -29,6 +29,7 @@ namespace {
 
 inline constexpr int kBlockThreads = 128;
 inline constexpr int kHeadsPerThread = 2;
+inline constexpr int kMaxBlockDepth = 64;  // CUDA's limit for blockDim.z
 
 enum Part { kQ, kK, kV, kNumParts };
 
@@ -206,7 +207,7 @@ HeadsGeometry heads_geometry(DType dtype, int head_dim, int num_heads) {
   const int slots = kBlockThreads / lanes;
   int head_slots = 1;
   while (head_slots < slots && head_slots * kHeadsPerThread < num_heads) head_slots *= 2;
-  return {elements, lanes, head_slots, slots / head_slots};
+  return {elements, lanes, head_slots, std::min(slots / head_slots, kMaxBlockDepth)};
 }
 
 HeadsPart part_of(const Tensor& in, const Tensor& out, const std::optional<Tensor>* weight,
