@@ -1,7 +1,8 @@
 """Every exception that exafuse raises on purpose.
 
-Each message names what was expected, what came, and what to do about it. Wrong arguments to an op or a
-method are plain ``ValueError`` / ``TypeError``; the classes here are for things that come from outside.
+Each message names what was expected, what came, and what to do about it. Wrong arguments to an op
+or a method are plain ``ValueError`` / ``TypeError``; the classes here are for things that come
+from outside.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ class ExafuseError(Exception):
 
 
 class ConfigError(ExafuseError, ValueError):
-    """config.json or generation_config.json is malformed, contradictory or asks for something unsupported."""
+    """config.json or generation_config.json is malformed, contradictory or unsupported."""
 
 
 class CheckpointError(ExafuseError, ValueError):
-    """A weight file, an index or the set of tensors in a checkpoint folder is not what it must be."""
+    """A weight file, an index or the set of tensors in a checkpoint folder is not what it must
+    be."""
 
 
 class TemplateError(ExafuseError, ValueError):
@@ -24,7 +26,8 @@ class TemplateError(ExafuseError, ValueError):
 
 
 class DoesNotFitError(ExafuseError, MemoryError):
-    """Weights or cache do not fit the free memory of the target device; raised before anything is read."""
+    """Weights or cache do not fit the free memory of the target device; raised before anything is
+    read."""
 
 
 class BackendError(ExafuseError, RuntimeError):
