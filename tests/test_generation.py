@@ -123,13 +123,17 @@ def test_one_eos_as_int_and_none_at_all(llama: Pair) -> None:
         llama.ours.generation_config = GenerationConfig()
 
 
-def test_eos_ids_the_vocabulary_does_not_have_never_fire(llama: Pair) -> None:
-    llama.ours.generation_config = GenerationConfig(eos_token_id=(5000, 3), pad_token_id=-1)
+def test_ids_the_vocabulary_does_not_have_are_never_fed(llama: Pair) -> None:
+    """Checkpoints name such eos and pad ids; finished rows then go on with the first real eos."""
+    ids = prompt(2, 4)
+    real = token_at(llama, ids, 0, 1)
+    llama.ours.generation_config = GenerationConfig(eos_token_id=(5000, real), pad_token_id=-1)
     try:
-        out = llama.ours.generate(prompt(2, 4), max_new_tokens=30)
+        out = llama.ours.generate(ids, max_new_tokens=12)
     finally:
         llama.ours.generation_config = GenerationConfig()
-    assert 0 <= int(out.min()) <= int(out.max()) < 97
+    assert torch.equal(out, llama.theirs.generate(ids, max_new_tokens=12, eos_token_id=real))
+    assert out[0, -1] == real, "the first row ended before the second and was padded"
 
 
 # ---- drawing ------------------------------------------------------------------------------------

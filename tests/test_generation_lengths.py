@@ -50,6 +50,9 @@ def test_padding_takes_no_context() -> None:
     config = GenerationConfig(pad_token_id=0)
     rows = [[1] * 8, [2]]
     assert model.generate(rows, max_new_tokens=4, generation_config=config).shape == (2, 12)
+    mask = [[0, 1, 1], [0, 0, 1]]  # one column is padding in every row
+    ids = [[0, 1, 2], [0, 0, 3]]
+    assert model.generate(ids, attention_mask=mask, max_new_tokens=10).shape == (2, 13)
     with pytest.raises(
         ValueError, match="the prompt has 8 tokens and the context of the model is 12"
     ):

@@ -78,7 +78,9 @@ def test_criteria_without_eos_leave_finished_rows_running(llama: Pair) -> None:
     def stop(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return ids[:, -1] == token
 
-    llama.check(ids, stopping_criteria=StoppingCriteriaList([stop]), max_new_tokens=15)
+    for pad in (None, 0):  # a pad id alone does not make transformers pad either
+        criteria = StoppingCriteriaList([stop])
+        llama.check(ids, pad=pad, stopping_criteria=criteria, max_new_tokens=15)
 
 
 def test_criteria_may_answer_with_one_bool_and_see_the_scores(llama: Pair) -> None:

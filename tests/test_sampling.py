@@ -158,6 +158,14 @@ def test_chain_follows_the_order_of_transformers(make) -> None:
     assert torch.equal(chain.scores(scores, ids), theirs(ids, scores.clone()))
 
 
+def test_chain_with_the_limits_of_top_k() -> None:
+    scores, ids = random_scores(), torch.zeros(4, 1, dtype=torch.int64)
+    for k, kept in ((0, VOCAB), (1, 1), (VOCAB, VOCAB)):
+        chain = ScoreChain(SamplingParams(do_sample=True, top_k=k), ids, None, VOCAB)
+        left = (chain.scores(scores, ids) > -math.inf).sum(dim=-1)
+        assert left.tolist() == [kept] * 4
+
+
 def test_chain_without_drawing_ignores_the_warpers() -> None:
     params = SamplingParams(do_sample=False, temperature=0.1, top_k=1, top_p=0.1, min_p=0.9)
     scores = random_scores()
