@@ -264,7 +264,7 @@ def test_files_outside_the_folder_are_not_used(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path)
     other = chat_tokenizers.save_family("qwen2", tmp_path / "other")
     paths = {"tokenizer_file": str(other / JSON), "vocab_file": str(other / JSON)}
-    paths["special_tokens_map_file"] = "/home/author/special_tokens_map.json"
+    paths["special_tokens_map_file"] = "/nowhere/special_tokens_map.json"
     edit(CONFIG, lambda value: value.update(paths))(folder)
     assert "<|im_end|>" not in load_processor(folder).get_vocab()
 
