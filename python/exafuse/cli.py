@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             arguments = build_parser().parse_args(argv)
             run: Run = arguments.run
-            return run(arguments)
+            code = run(arguments)
+            sys.stdout.flush()  # here, where a reader that has left is still caught
+            return code
         except KeyboardInterrupt:
             print(file=sys.stderr)
             return 130

@@ -100,7 +100,9 @@ def prefill_bar(quiet: bool) -> Callable[[int, int], None] | None:
         if bar is None:
             from tqdm import tqdm
 
-            bar = tqdm(total=total, desc="reading the prompt", unit="token", leave=False)
+            bar = tqdm(
+                total=total, desc="reading the prompt", unit="token", leave=False, mininterval=0
+            )
         bar.update(done - bar.n)
         if done >= total:
             bar.close()

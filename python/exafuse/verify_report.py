@@ -106,6 +106,8 @@ class Report:
         for key in ("layers", "checks"):
             items = getattr(self, key)
             values[key] = [_finite(dataclasses.asdict(item)) | {"ok": item.ok} for item in items]
+        matched = values.pop("greedy_prefix")
+        values["greedy"] = {"matched": matched, "of": values.pop("num_tokens")}
         return {
             "schema": 1,
             "ok": self.ok,
@@ -171,7 +173,7 @@ def compare_half(
     # looked up and has no error.
     half_ulp = torch.finfo(getattr(torch, about["dtype"])).eps / 2
     factor = LAYER_RATIO * _slack(len(truth.hidden[0]))
-    layers = []
+    layers: list[LayerError] = []
     for name, a, b, exact in zip(
         _layer_names(config), ours.hidden, yardstick.hidden, truth.hidden, strict=True
     ):
