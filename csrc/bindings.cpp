@@ -43,8 +43,9 @@ py::dict build_info() {
 PYBIND11_MODULE(EXAFUSE_MODULE, m) {
   m.doc() = "Kernels of exafuse on raw tensors: no allocation, no gradients. Use exafuse.ops.";
 
-  py::register_exception<exafuse::NotAPlainTensor>(m, "NotAPlainTensor", PyExc_TypeError);
-  py::register_exception_translator([](std::exception_ptr pointer) {
+  // Local: the emulated extension has the same C++ types and may be loaded beside this one.
+  py::register_local_exception<exafuse::NotAPlainTensor>(m, "NotAPlainTensor", PyExc_TypeError);
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const exafuse::WrongType& error) {

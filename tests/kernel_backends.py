@@ -7,8 +7,10 @@ carries a view to the backend's device with its strides, its alignment and the b
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +19,7 @@ import pytest
 import torch
 from case_counts import add_cases
 from exafuse import ops
+from exafuse.ops import front_door
 from poison import Guarded
 
 
@@ -72,16 +75,28 @@ _MAKERS: dict[str, Callable[[], Backend]] = {"emulated": _emulated, "gpu": _gpu}
         pytest.param("gpu", marks=pytest.mark.gpu),
     ],
 )
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    with torch.inference_mode(False), torch.no_grad():
-        yield _MAKERS[request.param]()
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return _MAKERS[request.param]()
 
 
 @pytest.fixture(scope="module")
-def emulated() -> Iterator[Backend]:
+def emulated() -> Backend:
     """The emulator alone, for what only it can vary: schedules, virtual memory, guard pages."""
-    with torch.no_grad():
-        yield _emulated()
+    return _emulated()
+
+
+def cuda_extension() -> ModuleType:
+    if importlib.util.find_spec("exafuse._C") is None:
+        pytest.skip("exafuse._C is not installed: a build without CUDA")
+    return importlib.import_module("exafuse._C")
+
+
+@pytest.fixture(params=["_C", "_C_emulated"])
+def extension(request: pytest.FixtureRequest) -> ModuleType:
+    if request.param == "_C":
+        return cuda_extension()
+    request.getfixturevalue("emulated")  # builds it
+    return front_door.load_emulated()
 
 
 def emulator_library() -> Path:

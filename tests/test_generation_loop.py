@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from exafuse.stopping import StopCheck
+from generation_pair import FAMILIES, Pair
 from scripted_model import Collector, ScriptedModel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -140,6 +142,30 @@ def test_no_step_waits_for_the_device(
         seen = {"multinomial": 1, "__bool__": 1, "__float__": 1, "_local_scalar_dense": 2}
         assert seen.items() <= reads.counts.items(), reads.counts
     assert len(model.calls) == 20
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_step_of_a_real_model_waits_for_the_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str
+) -> None:
+    """Layers, rings and the cache of a ragged batch too, once the prompt is in."""
+    model = Pair(family, tmp_path).ours
+    reads = HostReads(monkeypatch)
+    next_logits, steps = model.next_logits, []
+
+    def watched(*args, **kwargs):
+        if len(steps) == 1:
+            reads.counts.clear()
+        steps.append(1)
+        return next_logits(*args, **kwargs)
+
+    monkeypatch.setattr(model, "next_logits", watched)
+    with reads:
+        config = GenerationConfig(pad_token_id=0, eos_token_id=5)
+        rows = [[11, 12, 13], [14, 15, 16, 17, 18, 19, 20, 21]]
+        model.generate(rows, max_new_tokens=9, generation_config=config, streamer=Silent())
+        assert reads.counts == Counter()
+    assert len(steps) == 9
 
 
 @pytest.mark.gpu

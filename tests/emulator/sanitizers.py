@@ -62,6 +62,11 @@ def environment(variant: str) -> dict[str, str]:
     return result
 
 
+def reports_in(text: str) -> list[str]:
+    """The sanitizer reports in a program's output that name a source file of ours."""
+    return [report for report in _REPORT.findall(text) if _OURS.search(report)]
+
+
 def run(variant: str, program: list[str], timeout: float = 600) -> Outcome:
     """Runs ``python *program`` with the extension modules of ``variant`` on its path."""
     done = subprocess.run(
@@ -73,5 +78,4 @@ def run(variant: str, program: list[str], timeout: float = 600) -> Outcome:
         check=False,
         cwd=Path(ROOT),
     )
-    reports = [r for r in _REPORT.findall(done.stderr) if _OURS.search(r)]
-    return Outcome(done.returncode, done.stdout, done.stderr, reports)
+    return Outcome(done.returncode, done.stdout, done.stderr, reports_in(done.stderr))
