@@ -118,10 +118,14 @@ class Report:
     def summary(self) -> str:
         """One line."""
         verdict = "agrees with" if self.ok else "DIFFERS from"
+        # In half precision near ties fall either way, and the first one ends the common prefix.
+        tokens = f"top-1 {100 * self.top1_agreement:.1f} %"
+        if self.dtype == "float32":
+            tokens = f"greedy {self.greedy_prefix}/{self.num_tokens}"
         return (
             f"{self.model}: {self.side} {verdict} {self.against} in {self.dtype}: layers"
             f" {self.worst_layer.error:.1e}, logits {self.checks[0].value:.1e} of"
-            f" {self.max_logit:.1f}, greedy {self.greedy_prefix}/{self.num_tokens}"
+            f" {self.max_logit:.1f}, {tokens}"
         )
 
     def __str__(self) -> str:
