@@ -149,6 +149,21 @@ def test_crop_refuses_what_the_ring_has_overwritten() -> None:
 
 
 @torch.no_grad()
+def test_crop_judges_each_row_by_its_own_tokens() -> None:
+    m = model(prefill_chunk=64)
+    ids, mask = torch.randint(0, 97, (2, 200)), torch.ones(2, 200, dtype=torch.int64)
+    mask[1, :197] = 0
+    cache = m.new_cache(2)
+    m.next_logits(ids, cache, attention_mask=mask)
+    cache.crop(198)
+    assert cache.lengths == [198, 1]
+    again = m.next_logits(ids[:, 198:], cache)
+    fresh = m.new_cache(2)
+    expected = m.next_logits(ids, fresh, attention_mask=mask)
+    torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_an_interrupted_call_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     m = model()
     ids = torch.randint(0, 97, (1, 30))

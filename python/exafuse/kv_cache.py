@@ -60,7 +60,7 @@ class KVCache:
             batch_size, dtype=torch.int32, device=device
         )  # the same, on device
         self.rotary_state = RotaryState()
-        self.high_water = 0  # most tokens any row ever held: what a ring may have overwritten
+        self.high_water = [0] * batch_size  # most tokens each row ever held: what rings overwrote
         self._ring_slots = [
             None if plan.window_size[0] < 0 else _round_up(plan.window_size[0] + chunk)
             for plan in config.layers
@@ -118,7 +118,7 @@ class KVCache:
         self.lengths = [old + new for old, new in zip(self.lengths, new_lengths, strict=True)]
         self.seqlens = self.seqlens + step
         self.seen += columns
-        self.high_water = max(self.high_water, *self.lengths)
+        self.high_water = [max(pair) for pair in zip(self.high_water, self.lengths, strict=True)]
 
     def get_seq_length(self) -> int:
         """Padded columns fed so far (for unpadded input: tokens)."""
@@ -140,12 +140,14 @@ class KVCache:
             raise ValueError(f"length: expected 0 to {self.seen}, got {length}")
         lengths = [max(0, n - removed) for n in self.lengths]
         for layer, window_left in zip(self.layers, self._windows, strict=True):
-            oldest = self.high_water - layer.k.shape[1] + window_left
-            if layer.ring and self.high_water > layer.k.shape[1] and min(lengths) < oldest:
-                raise ValueError(
-                    f"length: a sliding-window layer can be cut back to {oldest} tokens at most "
-                    f"({self.high_water} were written into {layer.k.shape[1]} slots), got {length}"
-                )
+            slots = layer.k.shape[1]
+            for row, (kept, written) in enumerate(zip(lengths, self.high_water, strict=True)):
+                oldest = written - slots + window_left
+                if layer.ring and written > slots and 0 < kept < oldest:
+                    raise ValueError(
+                        f"length: row {row} of a sliding-window layer can be cut back to {oldest} "
+                        f"tokens at most ({written} were written into {slots} slots), got {kept}"
+                    )
         self.lengths, self.seen = lengths, length
         self.seqlens = torch.tensor(lengths, dtype=torch.int32).to(self.seqlens.device)
 
