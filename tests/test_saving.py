@@ -60,6 +60,33 @@ def test_a_save_removes_what_an_earlier_one_left(tmp_path: Path) -> None:
     files.assert_same(files.without_tied_head(files.load(out)), files.read(tmp_path))
 
 
+def test_a_shard_is_filled_to_the_limit(tmp_path: Path) -> None:
+    files.make(tmp_path)
+    model = files.load(tmp_path)
+    total = sum(t.nbytes for t in files.read(tmp_path).values())
+    weights.save_weights(model, tmp_path / "exact", max_shard_bytes=total)
+    assert [p.name for p in (tmp_path / "exact").iterdir()] == [WEIGHTS_NAME]
+    weights.save_weights(model, tmp_path / "less", max_shard_bytes=total - 1)
+    assert len(list((tmp_path / "less").glob("*.safetensors"))) == 2
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch) -> None:
+    files.make(tmp_path, max_shard_size="60KB")
+    model = files.load(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write = saving.write_safetensors
+
+    def write_half(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        write(path, tensors)
+        if "00003" in path.name:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "write_safetensors", write_half)
+    with pytest.raises(OSError, match="No space left"):
+        weights.save_weights(model, tmp_path, max_shard_bytes=50_000)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_saving_over_the_source(tmp_path: Path) -> None:
     files.make(tmp_path, max_shard_size="60KB")
     before = files.read(tmp_path)
