@@ -8,6 +8,7 @@ from typing import Any
 import exafuse
 import pytest
 import torch
+from exafuse import kv_cache
 from exafuse.models.causal_lm import CausalLM
 from torch import Tensor
 
@@ -119,6 +120,26 @@ def test_memory_of_a_sliding_layer_stays_at_its_ring() -> None:
     assert sizes[-1][1] >= 720
     expected = sum(2 * 4 * 2 * 16 * slots for slots in sizes[-1])
     assert cache.nbytes == expected
+
+
+@torch.no_grad()
+def test_a_cache_that_does_not_fit_is_refused_and_the_old_one_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    m = model()
+    with pytest.raises(exafuse.DoesNotFitError, match="tokens in 2 rows"):
+        m.new_cache(2, max_length=10**12)
+    cache = m.new_cache(1)
+    ids = torch.randint(0, 97, (1, 30))
+    m(ids[:, :20], past_key_values=cache)
+    monkeypatch.setattr(kv_cache, "_UNCHECKED_BYTES", 0)
+    monkeypatch.setattr("exafuse.memory.free_bytes", lambda device: 10)
+    with pytest.raises(exafuse.DoesNotFitError):
+        m(torch.randint(0, 97, (1, 500)), past_key_values=cache)
+    monkeypatch.undo()
+    after = m(ids[:, 20:], past_key_values=cache).logits
+    expected = m(ids, use_cache=False).logits[:, 20:]
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

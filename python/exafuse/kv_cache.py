@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from exafuse.config import ModelConfig
+from exafuse.memory import check_fits
 from exafuse.rotary import RotaryState
 
+_UNCHECKED_BYTES = 2**26  # less than this is not worth asking the machine for
 TILE = 128  # kernels walk key tiles of this many absolute positions
 
 
@@ -66,6 +68,7 @@ class KVCache:
             for plan in config.layers
         ]
         shape = (batch_size, 0, config.num_kv_heads, config.head_dim)
+        self._slot_bytes = batch_size * config.num_kv_heads * config.head_dim * dtype.itemsize
         self.layers = [
             LayerCache(
                 torch.empty(shape, dtype=dtype, device=device),
@@ -79,19 +82,29 @@ class KVCache:
         self.reserve(max_length or TILE)
 
     def reserve(self, length: int) -> None:
-        """Make room for ``length`` tokens a row; growing copies what is stored, rings stay as
-        they are."""
+        """Make room for ``length`` tokens a row; growing copies what is stored, rings stay.
+
+        Raises:
+            DoesNotFitError: the larger buffers do not fit the free memory; nothing has changed.
+        """
+        larger: list[tuple[LayerCache, int, bool]] = []
         for layer, ring_slots in zip(self.layers, self._ring_slots, strict=True):
             slots = layer.k.shape[1]
             if layer.ring or length <= slots:
                 continue
-            grown = _round_up(max(length, 2 * slots if slots else 0))
-            # A linear buffer as long as the ring is that ring: p % slots == p for all
-            # it holds so far.
-            if ring_slots is not None and grown >= ring_slots:
-                grown, layer.ring = ring_slots, True
-            layer.k = _grow(layer.k, grown, max(self.lengths))
-            layer.v = _grow(layer.v, grown, max(self.lengths))
+            grown = _round_up(max(length, 2 * slots))
+            # A linear buffer as long as the ring is that ring: p % slots == p for all it holds.
+            ring = ring_slots is not None and grown >= ring_slots
+            larger.append((layer, ring_slots if ring and ring_slots else grown, ring))
+        num_bytes = sum(2 * slots * self._slot_bytes for _, slots, _ in larger)
+        if num_bytes > _UNCHECKED_BYTES:
+            rows = "row" if self.batch_size == 1 else "rows"
+            what = f"a cache of {length} tokens in {self.batch_size} {rows}"
+            check_fits(num_bytes, self.seqlens.device, what)
+        used = max(self.lengths)
+        for layer, slots, ring in larger:
+            k, v = _grow(layer.k, slots, used), _grow(layer.v, slots, used)
+            layer.k, layer.v, layer.ring = k, v, ring
 
     def slot_mappings(self, positions: Tensor, rows: Tensor | None = None) -> dict[int, Tensor]:
         """int64 ``[num_tokens]`` cache slots of tokens, by the number of slots of a layer.
