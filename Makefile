@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= .cache/smollm2
 PYTEST_ARGS ?=
+MUTANTS ?= changed
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -123,6 +124,21 @@ test: $(STAMPS)/test emulator
 
 test-quick: $(STAMPS)/test $(STAMPS)/emulator-plain
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+# Wrong kernels, made by small edits of the sources, must be noticed by the suite.
+test-mutants: $(STAMPS)/test $(STAMPS)/emulator-plain
+	$(BIN)/python tests/mutants.py --$(MUTANTS)
+
+# By hand, not in CI: hours on two cores.
+test-full: test
+	EXAFUSE_TEST_CASES=10 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(if $(wildcard tests/mutants.py),$(MAKE) test-mutants MUTANTS=all)
+	env -u PIP_CONSTRAINT $(INSTALL) --upgrade --target build/oldest \
+	  "transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\)",/\1/p' pyproject.toml)"
+	PYTHONPATH=build/oldest $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset release -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build --preset release
 
 lint: $(STAMPS)/test
 	$(BIN)/ruff check .

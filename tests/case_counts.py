@@ -5,6 +5,7 @@ or `gpu` is one case of that kind, unless it reports how many it ran with `add_c
 """
 
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
@@ -42,5 +43,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _reported.clear()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    yield  # everything else that the summary holds comes first
     terminalreporter.write_line(summary())
