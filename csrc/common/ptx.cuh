@@ -168,9 +168,21 @@ __device__ __forceinline__ Word load_word_readonly(const void* address) {
   return __ldg(static_cast<const Word*>(address));
 }
 
+// To global memory. Spelled out, because the compiler splits a plain store of a vector type into
+// four where it cannot prove that the pieces belong together.
 template <class Word>
 __device__ __forceinline__ void store_word(void* address, Word word) {
-  *static_cast<Word*>(address) = word;
+  const auto global = __cvta_generic_to_global(address);
+  if constexpr (sizeof(Word) == 16) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(word.x), "r"(word.y),
+                 "r"(word.z), "r"(word.w)
+                 : "memory");
+  } else if constexpr (sizeof(Word) == 8) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(global), "r"(word.x), "r"(word.y)
+                 : "memory");
+  } else {
+    *static_cast<Word*>(address) = word;
+  }
 }
 
 // --- arithmetic ---------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ __device__ __forceinline__ Compute<T> sum_of_squares(const Vec<T, kCount>& vec, 
   Compute<T> sum = 0;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const Compute<T> x = to_compute(vec[i]) * scale;
+    const Compute<T> x = vec.get(i) * scale;
     sum = ptx::fma(x, x, sum);
   }
   return sum;

@@ -28,6 +28,7 @@ struct Rows {
   // Element offset of a row in each tensor.
   __device__ __forceinline__ Offsets offsets(int64_t row) const {
     Offsets offsets = {};
+#pragma unroll 1
     for (int dim = 0; dim < num_dims; ++dim) {
       int64_t index = row;
       if (dim + 1 < num_dims) {

@@ -2,6 +2,10 @@
 // wide access uses words of up to 16 bytes and needs pointers aligned to the word; a narrow one
 // goes element by element and takes any tensor. Both yield the same vector, so results do not
 // depend on alignment.
+//
+// A vector keeps its elements packed in 32-bit units, two 16-bit elements each, the first in the
+// lower half. Words are put together from units by name: from an array of elements the compiler may
+// well make two-byte stores.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,37 +23,56 @@ namespace exafuse {
 template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, float>, double, float>;
 
-__device__ __forceinline__ float to_compute(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_compute(__half x) { return __half2float(x); }
-__device__ __forceinline__ double to_compute(float x) { return static_cast<double>(x); }
-
-// Rounds to nearest even.
-template <class T>
-__device__ __forceinline__ T round_to(Compute<T> x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(x);
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(x);
-  } else {
-    return static_cast<float>(x);
-  }
-}
-
 template <int kBytes>
 using WordOf = std::conditional_t<
     kBytes == 16, uint4,
     std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
 
 template <class T, int kCount>
-struct Vec {
+class Vec {
+ public:
   static constexpr int kBytes = kCount * static_cast<int>(sizeof(T));
   static constexpr int kWideBytes = kBytes < 16 ? kBytes : 16;
   static_assert(kBytes % kWideBytes == 0);
 
-  T values[kCount];
+  // Element i, exactly.
+  __device__ __forceinline__ Compute<T> get(int i) const {
+    if constexpr (std::is_same_v<T, float>) {
+      return static_cast<double>(std::bit_cast<float>(units_[i]));
+    } else {
+      const uint32_t unit = units_[i / 2];
+      if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        return std::bit_cast<float>(i % 2 == 0 ? unit << 16 : unit & 0xffff0000u);
+      } else {
+        const auto half = static_cast<uint16_t>(i % 2 == 0 ? unit : unit >> 16);
+        return __half2float(std::bit_cast<__half>(half));
+      }
+    }
+  }
 
-  __device__ __forceinline__ T& operator[](int i) { return values[i]; }
-  __device__ __forceinline__ const T& operator[](int i) const { return values[i]; }
+  // The vector whose elements are `values`, each rounded to nearest even.
+  __device__ __forceinline__ static Vec rounded(const Compute<T> (&values)[kCount]) {
+    Vec vec;
+    if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        vec.units_[i] = std::bit_cast<uint32_t>(static_cast<float>(values[i]));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; i += 2) {
+        vec.units_[i / 2] = ptx::pack2<T>(values[i], i + 1 < kCount ? values[i + 1] : 0.0f);
+      }
+    }
+    return vec;
+  }
+
+  __device__ __forceinline__ static Vec zero() {
+    Vec vec;
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) vec.units_[i] = 0;
+    return vec;
+  }
 
   template <bool kWide>
   __device__ __forceinline__ static Vec load(const T* address) {
@@ -66,42 +89,59 @@ struct Vec {
 
   template <bool kWide>
   __device__ __forceinline__ void store(T* address) const {
-    constexpr int kPerWord = elements_per_word<kWide>();
+    using Word = AccessWord<kWide>;
+    constexpr int kPerWord = static_cast<int>(sizeof(Word) / sizeof(T));
 #pragma unroll
-    for (int begin = 0; begin < kCount; begin += kPerWord) {
-      Chunk<kPerWord> chunk;
-#pragma unroll
-      for (int i = 0; i < kPerWord; ++i) chunk.values[i] = values[begin + i];
-      ptx::store_word(address + begin, std::bit_cast<AccessWord<kWide>>(chunk));
+    for (int i = 0; i < kCount; i += kPerWord) {
+      const int unit = i / kPerUnit;
+      if constexpr (sizeof(Word) == 16) {
+        const uint4 word{units_[unit], units_[unit + 1], units_[unit + 2], units_[unit + 3]};
+        ptx::store_word(address + i, word);
+      } else if constexpr (sizeof(Word) == 8) {
+        ptx::store_word(address + i, uint2{units_[unit], units_[unit + 1]});
+      } else if constexpr (sizeof(Word) == 4) {
+        ptx::store_word(address + i, units_[unit]);
+      } else {
+        const uint32_t shifted = units_[unit] >> (i % 2 * 16);
+        ptx::store_word(address + i, static_cast<uint16_t>(shifted));
+      }
     }
   }
 
  private:
+  static constexpr int kPerUnit = 4 / static_cast<int>(sizeof(T));
+  static constexpr int kUnits = (kCount + kPerUnit - 1) / kPerUnit;
+
   template <bool kWide>
   using AccessWord = WordOf<kWide ? kWideBytes : static_cast<int>(sizeof(T))>;
 
-  template <int kPerWord>
-  struct Chunk {
-    T values[kPerWord];
-  };
-
-  template <bool kWide>
-  static constexpr int elements_per_word() {
-    return static_cast<int>(sizeof(AccessWord<kWide>) / sizeof(T));
-  }
-
   template <bool kWide, class LoadWord>
   __device__ __forceinline__ static Vec gather(const T* address, LoadWord load_word) {
-    constexpr int kPerWord = elements_per_word<kWide>();
-    Vec vec;
+    using Word = AccessWord<kWide>;
+    constexpr int kPerWord = static_cast<int>(sizeof(Word) / sizeof(T));
+    Vec vec = zero();
 #pragma unroll
-    for (int begin = 0; begin < kCount; begin += kPerWord) {
-      const auto chunk = std::bit_cast<Chunk<kPerWord>>(load_word(address + begin));
-#pragma unroll
-      for (int i = 0; i < kPerWord; ++i) vec.values[begin + i] = chunk.values[i];
+    for (int i = 0; i < kCount; i += kPerWord) {
+      const int unit = i / kPerUnit;
+      const Word word = load_word(address + i);
+      if constexpr (sizeof(Word) == 16) {
+        vec.units_[unit] = word.x;
+        vec.units_[unit + 1] = word.y;
+        vec.units_[unit + 2] = word.z;
+        vec.units_[unit + 3] = word.w;
+      } else if constexpr (sizeof(Word) == 8) {
+        vec.units_[unit] = word.x;
+        vec.units_[unit + 1] = word.y;
+      } else if constexpr (sizeof(Word) == 4) {
+        vec.units_[unit] = word;
+      } else {
+        vec.units_[unit] |= static_cast<uint32_t>(word) << (i % 2 * 16);
+      }
     }
     return vec;
   }
+
+  uint32_t units_[kUnits];
 };
 
 // A vector that memory holds either as T or as fp32, such as a norm's weight.
@@ -112,12 +152,12 @@ __device__ __forceinline__ void load_as_compute(const void* base, bool is_fp32, 
     const auto vec =
         Vec<float, kCount>::template load_readonly<kWide>(static_cast<const float*>(base) + offset);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = static_cast<Compute<T>>(vec[i]);
+    for (int i = 0; i < kCount; ++i) values[i] = static_cast<Compute<T>>(vec.get(i));
   } else {
     const auto vec =
         Vec<T, kCount>::template load_readonly<kWide>(static_cast<const T*>(base) + offset);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = to_compute(vec[i]);
+    for (int i = 0; i < kCount; ++i) values[i] = vec.get(i);
   }
 }
 

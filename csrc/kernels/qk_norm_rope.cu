@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     }
     const HeadsPart& part = p.parts[slice.part];
     slice.active = has_column && slice.head < part.num_heads;
-    slice.first = slice.second = Vector{};
+    slice.first = slice.second = Vector::zero();
     if (slice.active) {
       const T* in = static_cast<const T*>(part.in) + token * part.in_token_stride +
                     slice.head * part.in_head_stride + column;
@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       Value b[kElements];
 #pragma unroll
       for (int j = 0; j < kElements; ++j) {
-        a[j] = to_compute(slice.first[j]);
-        b[j] = to_compute(slice.second[j]);
+        a[j] = slice.first.get(j);
+        b[j] = slice.second.get(j);
       }
       if (part.weight != nullptr) {
         Value a_weight[kElements];
@@ -175,12 +175,16 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
           b[j] = b[j] * inverse * b_weight[j];
         }
       }
+      if (p.cos != nullptr) {
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) {
-        const bool rotates = p.cos != nullptr;
-        slice.first[j] = round_to<T>(rotates ? a[j] * cos[j] - b[j] * sin[j] : a[j]);
-        slice.second[j] = round_to<T>(rotates ? b[j] * cos[j] + a[j] * sin[j] : b[j]);
+        for (int j = 0; j < kElements; ++j) {
+          const Value rotated = a[j] * cos[j] - b[j] * sin[j];
+          b[j] = b[j] * cos[j] + a[j] * sin[j];
+          a[j] = rotated;
+        }
       }
+      slice.first = Vector::rounded(a);
+      slice.second = Vector::rounded(b);
     }
     T* out = static_cast<T*>(part.out) + slice.head * part.out_head_stride + column;
     out += part.to_cache ? cache_row * part.out_row_stride + cache_slot * part.out_slot_stride

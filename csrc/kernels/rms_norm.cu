@@ -81,15 +81,16 @@ __global__ void __launch_bounds__(kKeep == 0 || kKeep == 4 ? kMaxBlockThreads : 
 
   // The vector that is normed: x, or for add_rms_norm the rounded sum.
   const auto load = [&](int column) {
-    Vector vector = Vector::template load<kWide>(x_row + column);
+    const Vector vector = Vector::template load<kWide>(x_row + column);
     if constexpr (kOp == NormOp::kAddNorm) {
       const Vector residual = Vector::template load<kWide>(residual_row + column);
+      Value sum[kElements];
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        vector[i] = round_to<T>(to_compute(vector[i]) + to_compute(residual[i]));
-      }
+      for (int i = 0; i < kElements; ++i) sum[i] = vector.get(i) + residual.get(i);
+      return Vector::rounded(sum);
+    } else {
+      return vector;
     }
-    return vector;
   };
   Vector kept[kKeep == 0 ? 1 : kKeep];
   if constexpr (kKeep > 0) {
@@ -133,18 +134,15 @@ __global__ void __launch_bounds__(kKeep == 0 || kKeep == 4 ? kMaxBlockThreads : 
   for_each_vector([&](int column, const Vector& vector) {
     Value weight[kElements];
     load_as_compute<kWide, T>(p.weight, p.weight_is_fp32, column, weight);
-    Vector residual;
-    if constexpr (kOp == NormOp::kNormAdd) {
-      residual = Vector::template load<kWide>(residual_row + column);
-    }
-    Vector out;
+    Value y[kElements];
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      Value y = to_compute(vector[i]) * inverse * weight[i];
-      if constexpr (kOp == NormOp::kNormAdd) y += to_compute(residual[i]);
-      out[i] = round_to<T>(y);
+    for (int i = 0; i < kElements; ++i) y[i] = vector.get(i) * inverse * weight[i];
+    if constexpr (kOp == NormOp::kNormAdd) {
+      const Vector residual = Vector::template load<kWide>(residual_row + column);
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) y[i] += residual.get(i);
     }
-    out.template store<kWide>(out_row + column);
+    Vector::rounded(y).template store<kWide>(out_row + column);
     if constexpr (kOp == NormOp::kAddNorm) {
       vector.template store<kWide>(residual_out_row + column);
     }

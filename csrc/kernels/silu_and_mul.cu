@@ -84,12 +84,10 @@ __global__ void __launch_bounds__(kBlockThreads)
   for (int i = 0; i < kVectorsPerThread; ++i) {
     const int64_t column = first_column + i * column_step;
     if (column < p.intermediate_size) {
-      Vector out;
+      Compute<T> out[kElements];
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) {
-        out[j] = round_to<T>(silu_times(to_compute(gate[i][j]), to_compute(up[i][j])));
-      }
-      out.template store<true>(out_row + column);
+      for (int j = 0; j < kElements; ++j) out[j] = silu_times(gate[i].get(j), up[i].get(j));
+      Vector::rounded(out).template store<true>(out_row + column);
     }
   }
 }
