@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from exafuse.chat import load_processor
+from exafuse.text.chat import load_processor
 from tokenizers import (
     AddedToken,
     Regex,

@@ -12,11 +12,12 @@ import safetensors.torch
 import tiny_models
 import torch
 import transformers
-from exafuse import CheckpointError, reference, weights
-from exafuse.checkpoint import INDEX_NAME, WEIGHTS_NAME
+from exafuse import CheckpointError, reference
 from exafuse.config import load_config
 from exafuse.models.causal_lm import CausalLM
-from exafuse.safetensors_file import JSON_LIMIT_BYTES, JSON_LIMIT_VALUES
+from exafuse.weights import loading as weights
+from exafuse.weights.checkpoint import INDEX_NAME, WEIGHTS_NAME
+from exafuse.weights.safetensors_file import JSON_LIMIT_BYTES, JSON_LIMIT_VALUES
 from load_guard import guarded
 from torch import Tensor, nn
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import chat_tokenizers
 import exafuse
-from exafuse import cli
-from exafuse.chat import load_processor
-from exafuse.verify import TINY_CONFIGS, make_tiny
+from exafuse.cli import commands as cli
+from exafuse.text.chat import load_processor
+from exafuse.verification.verify import TINY_CONFIGS, make_tiny
 
 SOURCE = Path(exafuse.__file__).parents[1]
 LLAMA = next(iter(TINY_CONFIGS))

@@ -8,7 +8,7 @@ from typing import Any
 import exafuse
 import tiny_models
 import torch
-from exafuse.generation import GenerationConfig
+from exafuse.generation.generate import GenerationConfig
 from torch import Tensor
 
 FAMILIES = {

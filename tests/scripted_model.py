@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 from exafuse.config import RopeConfig
-from exafuse.generation import GenerationConfig, generate
+from exafuse.generation.generate import GenerationConfig, generate
 from torch import Tensor
 
 

@@ -200,9 +200,9 @@ class Watch:
 
 
 def main(folder: str) -> None:
-    import exafuse.chat_template
+    import exafuse.text.template
     from exafuse import TemplateError
-    from exafuse.chat import encode_chat, load_processor
+    from exafuse.text.chat import encode_chat, load_processor
 
     os.environ["EXAFUSE_SECRET"] = CANARY
     secret = os.path.join(folder, "secret.txt")
@@ -215,7 +215,7 @@ def main(folder: str) -> None:
     ]
     benign = tokenizer.chat_template
     expected = encode_chat(tokenizer, messages)
-    watch = Watch(os.path.dirname(os.path.dirname(exafuse.chat_template.__file__)))
+    watch = Watch(os.path.dirname(os.path.dirname(exafuse.text.template.__file__)))
     sys.addaudithook(watch)
     for payload in PAYLOADS:
         tokenizer.chat_template = payload.replace("SECRET_FILE", secret)

@@ -46,9 +46,7 @@ def test_an_old_build_says_rebuild(monkeypatch: pytest.MonkeyPatch) -> None:
     old.__dict__.update({name: None for name in front_door.KERNELS if name != "apply_rope"})
     old.__dict__["NotAPlainTensor"] = TypeError
     monkeypatch.setitem(sys.modules, "exafuse._C", old)
-    with pytest.raises(
-        BackendError, match=r"exafuse\._C is an old build that lacks apply_rope"
-    ):
+    with pytest.raises(BackendError, match=r"exafuse\._C is an old build that lacks apply_rope"):
         front_door.load_cuda()
     assert "rebuild it: pip install" in front_door.cuda_problem()
     with pytest.raises(BackendError, match="rebuild it: pip install"):

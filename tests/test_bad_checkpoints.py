@@ -18,8 +18,8 @@ from typing import Any
 import checkpoint_files as files
 import pytest
 import torch
-from exafuse.checkpoint import WEIGHTS_NAME
-from exafuse.safetensors_file import JSON_LIMIT_BYTES
+from exafuse.weights.checkpoint import WEIGHTS_NAME
+from exafuse.weights.safetensors_file import JSON_LIMIT_BYTES
 from load_guard import guarded
 
 NORM = "model.norm.weight"

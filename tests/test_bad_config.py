@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from config_cases import FULL, expect_error
-from exafuse.config import load_config, read_json
+from exafuse.config import load_config
 from exafuse.errors import CheckpointError, ConfigError
+from exafuse.strict_json import read_json
 
 
 def test_model_type_and_architectures() -> None:

@@ -13,8 +13,8 @@ import checkpoint_files as files
 import exafuse
 import pytest
 from exafuse import CheckpointError
-from exafuse.checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint
-from exafuse.safetensors_file import JSON_LIMIT_BYTES, JSON_LIMIT_VALUES
+from exafuse.weights.checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint
+from exafuse.weights.safetensors_file import JSON_LIMIT_BYTES, JSON_LIMIT_VALUES
 from load_guard import guarded
 from safetensors.torch import load, save_file
 
@@ -214,6 +214,6 @@ def test_an_unreadable_file(folder: Path, monkeypatch) -> None:
     def denied(*args: object, **kwargs: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("exafuse.checkpoint.os.open", denied)
+    monkeypatch.setattr("exafuse.weights.checkpoint.os.open", denied)
     with pytest.raises(CheckpointError, match=r"safetensors: cannot be opened: Permission denied"):
         Checkpoint.open(folder)

@@ -11,8 +11,9 @@ from typing import Any
 import checkpoint_files as files
 import pytest
 import torch
-from exafuse import CheckpointError, weights
-from exafuse.checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint
+from exafuse import CheckpointError
+from exafuse.weights import loading as weights
+from exafuse.weights.checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint, open_plain
 from load_guard import guarded
 
 NORM = "model.norm.weight"
@@ -63,6 +64,16 @@ def test_shard_names_that_are_no_plain_names(folder: Path, name: Any) -> None:
     files.write_index(folder, {**weight_map, NORM: name})
     message = files.refused(folder, INDEX_NAME, "weight_map", NORM, "not a plain file name")
     assert message.isprintable()
+
+
+@pytest.mark.parametrize("name", [name for name in BAD_NAMES if isinstance(name, str)])
+def test_only_plain_names_are_opened(folder: Path, name: str) -> None:
+    with (
+        guarded(folder) as opened,
+        pytest.raises(CheckpointError, match=r"is not a plain file name in the checkpoint folder$"),
+    ):
+        open_plain(folder, name)
+    assert opened == []
 
 
 @pytest.mark.parametrize("name", ["config.json", "weights", "model.safetensors.py", "x.gguf"])

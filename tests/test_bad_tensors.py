@@ -8,8 +8,8 @@ from typing import Any
 import checkpoint_files as files
 import pytest
 import torch
-from exafuse.checkpoint import WEIGHTS_NAME, Checkpoint
-from exafuse.safetensors_file import JSON_LIMIT_VALUES
+from exafuse.weights.checkpoint import WEIGHTS_NAME, Checkpoint
+from exafuse.weights.safetensors_file import JSON_LIMIT_VALUES
 from safetensors.torch import load, save_file
 
 NORM = "model.norm.weight"

@@ -15,7 +15,7 @@ from typing import Any
 import chat_tokenizers
 import pytest
 from exafuse import TemplateError
-from exafuse.chat import encode_chat, load_processor
+from exafuse.text.chat import encode_chat, load_processor
 
 LIMIT_SECONDS = 2.0
 

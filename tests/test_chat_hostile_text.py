@@ -10,8 +10,8 @@ import chat_tokenizers
 import pytest
 from chat_tokenizers import controls, decode, processor
 from conversations import PLAIN_PIECES, SCHEMA, SETTINGS, conversations
-from exafuse.chat import encode_chat, load_processor
-from exafuse.chat_template import render_chat
+from exafuse.text.chat import encode_chat, load_processor
+from exafuse.text.template import render_chat
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from chat_tokenizers import processor
-from exafuse.chat_reply import last_boxed, parse_reply, split_thinking
-from exafuse.tool_calls import parse_tool_calls, tool_call_style
+from exafuse.text.reply import last_boxed, parse_reply, split_thinking
+from exafuse.text.tool_calls import parse_tool_calls, tool_call_style
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from chat_tokenizers import processor
 from conversations import Script
-from exafuse.chat import ReplyStreamer, chat
+from exafuse.text.chat import ReplyStreamer, chat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

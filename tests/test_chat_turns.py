@@ -1,4 +1,4 @@
-"""``exafuse.chat``: replies, presets, lengths, and a conversation with tools."""
+"""``exafuse.text.chat``: replies, presets, lengths, and a conversation with tools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from chat_tokenizers import processor
 from conversations import Script
-from exafuse.chat import PRESETS, chat, encode_chat, load_processor
+from exafuse.text.chat import PRESETS, chat, encode_chat, load_processor
 
 FAMILIES = list(chat_tokenizers.FAMILIES)
 HELLO = [{"role": "user", "content": "hello"}]

@@ -12,7 +12,7 @@ import exafuse
 import pytest
 import torch
 from command_line import SOURCE, exit_code, run
-from exafuse import cli
+from exafuse.cli import commands as cli
 
 CONFIG = Path(__file__).parent / "data" / "configs" / "llama-2-7b.json"
 

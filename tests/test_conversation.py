@@ -14,8 +14,8 @@ import time
 
 import chat_tokenizers
 from command_line import SOURCE, make_folder, run
-from exafuse import cli
-from exafuse.conversation import Conversation
+from exafuse.cli import commands as cli
+from exafuse.cli.conversation import Conversation
 from scripted_model import ScriptedModel
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import checkpoint_files as files
 import pytest
 import torch
-from exafuse import CheckpointError, weights
-from exafuse.checkpoint import WEIGHTS_NAME, Checkpoint
+from exafuse import CheckpointError
+from exafuse.weights import loading as weights
+from exafuse.weights.checkpoint import WEIGHTS_NAME, Checkpoint
 
 
 def truncated_loads(folder: Path, path: Path, sizes: list[int]) -> None:

@@ -10,7 +10,8 @@ import exafuse
 import pytest
 import tiny_models
 import torch
-from exafuse import memory, reference
+from exafuse import reference
+from exafuse.weights import memory
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ import exafuse
 import pytest
 import torch
 from command_line import Terminal, exit_code, make_folder, run
-from exafuse import cli, terminal
-from exafuse.chat import chat, load_processor
-from exafuse.terminal import DIM, PLAIN, AnswerPrinter, prefill_bar, without_controls
+from exafuse.cli import commands as cli
+from exafuse.cli import terminal
+from exafuse.cli.terminal import DIM, PLAIN, AnswerPrinter, prefill_bar, without_controls
+from exafuse.text.chat import chat, load_processor
 
 
 @pytest.fixture(scope="module")

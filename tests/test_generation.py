@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from exafuse.generation import GenerationConfig
+from exafuse.generation.generate import GenerationConfig
 from generation_pair import FAMILIES, Pair, left_padded, prompt, token_at
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from exafuse.config import load_config
 from exafuse.errors import ConfigError
-from exafuse.generation import GenerationConfig
+from exafuse.generation.generate import GenerationConfig
 
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0}
 

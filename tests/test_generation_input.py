@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exafuse.generation import GenerationConfig
+from exafuse.generation.generate import GenerationConfig
 from generation_pair import Pair, prompt
 from scripted_model import ScriptedModel
 from transformers import GenerationConfig as TheirConfig

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from exafuse.config import RopeConfig
-from exafuse.generation import GenerationConfig
-from exafuse.generation_settings import context_length
+from exafuse.generation.generate import GenerationConfig
+from exafuse.generation.settings import context_length
 from scripted_model import ScriptedModel
 
 

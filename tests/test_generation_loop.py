@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exafuse.stopping import StopCheck
+from exafuse.generation.stopping import StopCheck
 from generation_pair import FAMILIES, Pair
 from host_reads import HostReads
 from scripted_model import Collector, ScriptedModel

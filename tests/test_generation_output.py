@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from exafuse.generation import GenerateOutput
+from exafuse.generation.generate import GenerateOutput
 from generation_pair import FAMILIES, Pair, prompt, token_at
 from torch import Tensor
 from transformers import EosTokenCriteria, LogitsProcessorList, StoppingCriteriaList

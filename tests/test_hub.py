@@ -16,8 +16,9 @@ from pathlib import Path
 import checkpoint_files as files
 import pytest
 import torch
-from exafuse import CheckpointError, hub
-from exafuse.checkpoint import WEIGHTS_NAME, Checkpoint
+from exafuse import CheckpointError
+from exafuse.weights import hub
+from exafuse.weights.checkpoint import WEIGHTS_NAME, Checkpoint
 from huggingface_hub import constants
 
 NAME = "owner/tiny-model"
@@ -114,7 +115,8 @@ def test_a_file_instead_of_a_folder(cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "revision", ["../../x", "/etc/passwd", "a/../b", "..", "", "a b", "x\0", "--flag", "a//b", "a/"]
+    "revision",
+    ["../../x", "/etc/passwd", "a/../b", "a..b", "..", "", "a b", "x\0", "--flag", "a//b", "a/"],
 )
 def test_revisions_that_are_none(cache: Path, revision: str) -> None:
     with pytest.raises(ValueError, match="revision: expected a branch, a tag or a commit"):
@@ -299,7 +301,7 @@ UNWANTED = [
 
 CHILD = """
 import sys
-from exafuse import hub
+from exafuse.weights import hub
 print("folder:", hub.resolve_folder(sys.argv[1]))
 """
 

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from exafuse import info, info_probes
-from exafuse.cli import main
+from exafuse.cli import info, info_probes
+from exafuse.cli.commands import main
 
 BUILD = {
     "version": "0.1.0",
@@ -260,11 +260,11 @@ def test_strict_without_problems_is_0(monkeypatch, capsys):
 
 def test_imports_nothing_but_the_standard_library():
     code = (
-        "import sys; before = set(sys.modules); import exafuse.info;"
+        "import sys; before = set(sys.modules); import exafuse.cli.info;"
         " new = {name.split('.')[0] for name in set(sys.modules) - before};"
         " print(sorted(new - sys.stdlib_module_names - {'exafuse'}))"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(info.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(info.__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )

@@ -133,7 +133,7 @@ def test_a_cache_that_does_not_fit_is_refused_and_the_old_one_stays(
     ids = torch.randint(0, 97, (1, 30))
     m(ids[:, :20], past_key_values=cache)
     monkeypatch.setattr(kv_cache, "_UNCHECKED_BYTES", 0)
-    monkeypatch.setattr("exafuse.memory.free_bytes", lambda device: 10)
+    monkeypatch.setattr("exafuse.weights.memory.free_bytes", lambda device: 10)
     with pytest.raises(exafuse.DoesNotFitError):
         m(torch.randint(0, 97, (1, 500)), past_key_values=cache)
     monkeypatch.undo()

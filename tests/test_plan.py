@@ -8,10 +8,10 @@ import warnings
 from pathlib import Path
 
 import pytest
-from exafuse.cli import main
+from exafuse.cli.commands import main
+from exafuse.cli.plan import attention_picture, draw, format_bytes, plan
 from exafuse.config import load_config
 from exafuse.errors import CheckpointError, ConfigError
-from exafuse.plan import attention_picture, draw, format_bytes, plan
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 GIB = 2**30
@@ -212,7 +212,7 @@ def test_planning_does_not_import_torch(tmp_path):
     import subprocess
 
     code = (
-        "import sys; from exafuse.cli import main; main(sys.argv[1:]);"
+        "import sys; from exafuse.cli.commands import main; main(sys.argv[1:]);"
         " assert 'torch' not in sys.modules, 'torch was imported'"
     )
     argv = [sys.executable, "-c", code, "plan", str(CONFIGS / "llama-2-7b.json")]

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from exafuse import sampling
-from exafuse.sampling import SamplingParams, ScoreChain
+from exafuse.generation import sampling
+from exafuse.generation.sampling import SamplingParams, ScoreChain
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,

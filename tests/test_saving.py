@@ -13,9 +13,11 @@ import checkpoint_files as files
 import pytest
 import torch
 import transformers
-from exafuse import CheckpointError, saving, weights
-from exafuse.checkpoint import INDEX_NAME, WEIGHTS_NAME
+from exafuse import CheckpointError
 from exafuse.models.causal_lm import CausalLM
+from exafuse.weights import loading as weights
+from exafuse.weights import saving
+from exafuse.weights.checkpoint import INDEX_NAME, WEIGHTS_NAME
 
 
 def test_shards_and_index_of_a_save(tmp_path: Path) -> None:

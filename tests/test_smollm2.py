@@ -13,7 +13,6 @@ import fetch_smollm2
 import pytest
 import torch
 import transformers
-from exafuse.chat import load_processor
 
 ROOT = Path(__file__).parents[1]
 FOLDER = fetch_smollm2.DEFAULT_FOLDER
@@ -34,7 +33,7 @@ def model() -> exafuse.models.causal_lm.CausalLM:
 
 def test_says_paris(model: exafuse.models.causal_lm.CausalLM) -> None:
     reply = exafuse.chat(
-        model, load_processor(FOLDER), QUESTION, max_new_tokens=32, do_sample=False
+        model, exafuse.load_processor(FOLDER), QUESTION, max_new_tokens=32, do_sample=False
     )
     assert "Paris" in reply.answer, reply.text
 
@@ -48,7 +47,7 @@ def test_agrees_with_transformers_over_64_greedy_tokens() -> None:
 def test_left_padded_batch_generates_what_each_prompt_does_alone(
     model: exafuse.models.causal_lm.CausalLM,
 ) -> None:
-    tokenizer = load_processor(FOLDER)
+    tokenizer = exafuse.load_processor(FOLDER)
     prompts = ["The capital of France is", "Once upon a time, in a small village by the sea, there"]
     together = model.generate([tokenizer(p).input_ids for p in prompts], max_new_tokens=16)
     for row, prompt in zip(together, prompts, strict=True):

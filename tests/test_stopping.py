@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tiny_tokenizers
 import torch
-from exafuse.generation import GenerationConfig
-from exafuse.stopping import CUT_CHARACTER, StopStrings, verdict
+from exafuse.generation.generate import GenerationConfig
+from exafuse.generation.stopping import CUT_CHARACTER, StopStrings, verdict
 from generation_pair import Pair, prompt
 from scripted_model import Collector, ScriptedModel
 from transformers import (

@@ -11,7 +11,7 @@ from typing import Any
 import chat_tokenizers
 import pytest
 import template_payloads
-from exafuse.chat import encode_chat, load_processor
+from exafuse.text.chat import encode_chat, load_processor
 from template_payloads import CANARY, PAYLOADS
 
 LIMIT_SECONDS = 2.0

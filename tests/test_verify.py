@@ -10,11 +10,11 @@ import exafuse
 import pytest
 import torch
 import transformers
-from exafuse.cli import main
+from exafuse.cli.commands import main
 from exafuse.config import load_config
 from exafuse.errors import CheckpointError
-from exafuse.verify_report import Report
-from exafuse.verify_sides import Trace
+from exafuse.verification.report import Report
+from exafuse.verification.sides import Trace
 from verify_pairs import GLOBAL, HYBRID, LLAMA, QWEN2, compare, folders, verify, verify_sides
 
 __all__ = ["folders"]  # a fixture

@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from exafuse.cli import main
-from exafuse.verify_report import Check, LayerError
-from exafuse.verify_sides import Trace
+from exafuse.cli.commands import main
+from exafuse.verification.report import Check, LayerError
+from exafuse.verification.sides import Trace
 from verify_pairs import GLOBAL, HYBRID, LLAMA, QWEN2, broken, compare, folders, verify_report
 
 __all__ = ["broken", "folders"]  # fixtures

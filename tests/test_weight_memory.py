@@ -11,9 +11,11 @@ from pathlib import Path
 import checkpoint_files as files
 import pytest
 import torch
-from exafuse import CheckpointError, DoesNotFitError, memory, weights
-from exafuse.checkpoint import Checkpoint
-from exafuse.safetensors_file import CHUNK_BYTES
+from exafuse import CheckpointError, DoesNotFitError
+from exafuse.weights import loading as weights
+from exafuse.weights import memory
+from exafuse.weights.checkpoint import Checkpoint
+from exafuse.weights.safetensors_file import CHUNK_BYTES
 
 RSS_SCRIPT = """
 import sys
@@ -62,7 +64,7 @@ def test_does_not_fit_before_the_first_tensor_is_read(tmp_path: Path, monkeypatc
     files.make(tmp_path)
     needed = sum(t.nbytes for t in files.read(tmp_path).values())
     read = []
-    monkeypatch.setattr("exafuse.checkpoint.read_tensor", lambda *a, **k: read.append(a))
+    monkeypatch.setattr("exafuse.weights.checkpoint.read_tensor", lambda *a, **k: read.append(a))
     monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1)
     size = f"{needed / 2**20:.1f}"
     with pytest.raises(

@@ -7,7 +7,7 @@ from pathlib import Path
 import checkpoint_files as files
 import pytest
 import torch
-from exafuse import weights
+from exafuse.weights import loading as weights
 
 FAMILIES = list(files.VARIANTS)
 

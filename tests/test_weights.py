@@ -9,10 +9,12 @@ from pathlib import Path
 import checkpoint_files as files
 import pytest
 import torch
-from exafuse import DoesNotFitError, memory, weights
-from exafuse.checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint
-from exafuse.safetensors_file import CHUNK_BYTES
-from exafuse.saving import write_safetensors
+from exafuse import DoesNotFitError
+from exafuse.weights import loading as weights
+from exafuse.weights import memory
+from exafuse.weights.checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint
+from exafuse.weights.safetensors_file import CHUNK_BYTES
+from exafuse.weights.saving import write_safetensors
 
 FAMILIES = list(files.VARIANTS)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

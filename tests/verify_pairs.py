@@ -8,9 +8,9 @@ import pytest
 import torch
 
 # The package's attribute of this name is the function.
-verify = importlib.import_module("exafuse.verify")
-verify_sides = importlib.import_module("exafuse.verify_sides")
-verify_report = importlib.import_module("exafuse.verify_report")
+verify = importlib.import_module("exafuse.verification.verify")
+verify_sides = importlib.import_module("exafuse.verification.sides")
+verify_report = importlib.import_module("exafuse.verification.report")
 
 LLAMA, QWEN2, HYBRID, GLOBAL = verify.TINY_CONFIGS
 

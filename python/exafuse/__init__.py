@@ -21,23 +21,25 @@ from exafuse.errors import (
 
 if TYPE_CHECKING:
     from exafuse import ops, reference
-    from exafuse.chat import chat
     from exafuse.models import from_config, from_pretrained
     from exafuse.ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-    from exafuse.verify import verify
+    from exafuse.text.chat import chat
+    from exafuse.text.loading import load_processor
+    from exafuse.verification.verify import verify
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "chat": "exafuse.chat",
+    "chat": "exafuse.text.chat",
     "flash_attn_func": "exafuse.ops",
     "flash_attn_varlen_func": "exafuse.ops",
     "flash_attn_with_kvcache": "exafuse.ops",
     "from_config": "exafuse.models",
     "from_pretrained": "exafuse.models",
+    "load_processor": "exafuse.text.loading",
     "ops": "exafuse.ops",
     "reference": "exafuse.reference",
-    "verify": "exafuse.verify",
+    "verify": "exafuse.verification.verify",
 }
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "flash_attn_with_kvcache",
     "from_config",
     "from_pretrained",
+    "load_processor",
     "ops",
     "reference",
     "verify",
@@ -64,8 +67,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'exafuse' has no attribute {name!r}")
     module = importlib.import_module(_LAZY[name])
-    value = module if _LAZY[name] == f"exafuse.{name}" and name in ("ops", "reference") else None
-    value = getattr(module, name) if value is None else value
+    value = module if _LAZY[name] == f"exafuse.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 

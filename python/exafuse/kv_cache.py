@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from exafuse.config import ModelConfig
-from exafuse.memory import check_fits
 from exafuse.rotary import RotaryState
+from exafuse.weights.memory import check_fits
 
 _UNCHECKED_BYTES = 2**26  # less than this is not worth asking the machine for
 TILE = 128  # kernels walk key tiles of this many absolute positions

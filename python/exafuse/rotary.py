@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from exafuse.config_rope import RopeConfig
+from exafuse.config.rope import RopeConfig
 
 T = TypeVar("T")
 

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from exafuse import hub, memory, ops, reference, weights
+from exafuse import ops, reference
 from exafuse.config import ModelConfig, load_config
 from exafuse.errors import ConfigError
-from exafuse.generation import GenerationConfig
+from exafuse.generation.config import GenerationConfig
 from exafuse.layers import RMSNorm
 from exafuse.models.causal_lm import LAYERS, CausalLM
+from exafuse.weights.hub import resolve_folder
+from exafuse.weights.loading import load_weights
+from exafuse.weights.memory import check_fits
 
 BACKENDS = ("auto", "cuda", "emulated", "reference")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -57,15 +60,15 @@ def from_pretrained(
     _refuse(head=head, num_labels=num_labels, quantize=quantize, mtp=mtp or None)
     functions = resolve_backend(backend)
     target = _device(device, device_map)
-    folder = hub.resolve_folder(str(folder_or_name), revision)
+    folder = resolve_folder(str(folder_or_name), revision)
     config = load_config(folder)
     _check_runnable(config, str(folder))
     kind = _dtype(dtype, config)
     size = torch.empty(0, dtype=kind).element_size()
-    memory.check_fits(config.num_parameters() * size, target, f"the weights of {folder}")
+    check_fits(config.num_parameters() * size, target, f"the weights of {folder}")
     with torch.device("meta"):
         model = CausalLM(config, functions)
-    weights.load_weights(
+    load_weights(
         model,
         folder,
         dtype=kind,
@@ -101,7 +104,7 @@ def from_config(
     _check_runnable(config, "config")
     target, kind = _device(device, None), _dtype(dtype, config)
     size = torch.empty(0, dtype=kind).element_size()
-    memory.check_fits(config.num_parameters() * size, target, "the random weights")
+    check_fits(config.num_parameters() * size, target, "the random weights")
     with torch.device("meta"):
         model = CausalLM(config, resolve_backend(backend))
     model = model.to(kind).to_empty(device=target)

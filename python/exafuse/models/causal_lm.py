@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exafuse import generation
 from exafuse.batch import Packing, check_ids, padding_mask
 from exafuse.config import ModelConfig
+from exafuse.generation.config import GenerationConfig
+from exafuse.generation.generate import generate
 from exafuse.kv_cache import KVCache
 from exafuse.layers import RMSNorm, Step
 from exafuse.models.exaone4 import PostNormLayer
 from exafuse.models.llama import PreNormLayer
 from exafuse.rotary import RotaryState, RotaryTable
-from exafuse.saving import save_weights
+from exafuse.weights.saving import save_weights
 
 PREFILL_CHUNK = 2048
 LAYERS = {"llama": PreNormLayer, "qwen2": PreNormLayer, "exaone4": PostNormLayer}
@@ -84,7 +85,7 @@ class CausalLM(nn.Module):
     """A Llama, Qwen2 or EXAONE 4 language model; made by ``from_pretrained`` or
     ``from_config``."""
 
-    generation_config: generation.GenerationConfig
+    generation_config: GenerationConfig
 
     def __init__(self, config: ModelConfig, backend: ModuleType) -> None:
         super().__init__()
@@ -398,8 +399,8 @@ class CausalLM(nn.Module):
         return packing.pad(x)
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Continue prompts; see :func:`exafuse.generation.generate` for every argument."""
-        return generation.generate(self, inputs, *args, **kwargs)
+        """Continue prompts; see :func:`exafuse.generation.generate.generate` for every argument."""
+        return generate(self, inputs, *args, **kwargs)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, generation_config.json and safetensors that transformers reads."""

@@ -17,8 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from exafuse.chat_loading import template_errors
-from exafuse.chat_messages import (
+from exafuse.errors import TemplateError
+from exafuse.strict_json import shorten
+from exafuse.text.loading import template_errors
+from exafuse.text.messages import (
     THINK_OPEN,
     Message,
     Tool,
@@ -26,9 +28,7 @@ from exafuse.chat_messages import (
     tool_schemas,
     with_thoughts_apart,
 )
-from exafuse.chat_spans import Guard, Sentinels, all_strings, map_strings
-from exafuse.errors import TemplateError
-from exafuse.strict_json import shorten
+from exafuse.text.spans import Guard, Sentinels, all_strings, map_strings
 
 
 @dataclass(frozen=True)

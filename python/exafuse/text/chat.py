@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from exafuse.chat_loading import load_processor
-from exafuse.chat_messages import Message, Tool
-from exafuse.chat_reply import Reply, hidden_ids, parse_reply, reply_text
-from exafuse.chat_streaming import ReplyStreamer
-from exafuse.chat_template import encode_chat, mentions_tools, render_chat, template_source
-from exafuse.tool_calls import MalformedToolCall, ToolCall, tool_call_style
+from exafuse.text.loading import load_processor
+from exafuse.text.messages import Message, Tool
+from exafuse.text.reply import Reply, hidden_ids, parse_reply, reply_text
+from exafuse.text.streaming import ReplyStreamer
+from exafuse.text.template import encode_chat, mentions_tools, render_chat, template_source
+from exafuse.text.tool_calls import MalformedToolCall, ToolCall, tool_call_style
 
 __all__ = [
     "PRESETS",

@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from exafuse.chat_messages import THINK_CLOSE, THINK_OPEN
-from exafuse.tool_calls import (
+from exafuse.text.messages import THINK_CLOSE, THINK_OPEN
+from exafuse.text.tool_calls import (
     CALL_CLOSE,
     CALL_OPEN,
     PYTHON_TAG,

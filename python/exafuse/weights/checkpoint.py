@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from exafuse.errors import CheckpointError
-from exafuse.safetensors_file import (
+from exafuse.weights.safetensors_file import (
     JSON_LIMIT_BYTES,
     OnChunk,
     TensorInfo,

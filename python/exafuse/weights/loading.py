@@ -16,12 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from exafuse.checkpoint import Checkpoint
 from exafuse.errors import CheckpointError
-from exafuse.memory import check_fits
-from exafuse.safetensors_file import CHUNK_BYTES, DTYPE_NAMES, TensorInfo, first_five, quote
-from exafuse.saving import save_weights
-from exafuse.weight_names import (
+from exafuse.weights.checkpoint import Checkpoint
+from exafuse.weights.memory import check_fits
+from exafuse.weights.names import (
     EMBEDDING,
     HEAD,
     MERGES,
@@ -31,6 +29,8 @@ from exafuse.weight_names import (
     split_prefix,
     unmerged_state_dict,
 )
+from exafuse.weights.safetensors_file import CHUNK_BYTES, DTYPE_NAMES, TensorInfo, first_five, quote
+from exafuse.weights.saving import save_weights
 
 __all__ = [
     "MERGES",

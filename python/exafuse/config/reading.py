@@ -14,20 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
-from exafuse.config_fields import REQUIRED, Fields
-from exafuse.config_keys import check_architectures, check_unimplemented, report_unread
-from exafuse.config_layers import (
+from exafuse.config.fields import REQUIRED, Fields
+from exafuse.config.keys import check_architectures, check_unimplemented, report_unread
+from exafuse.config.layer_plan import (
     LayerPlan,
     read_exaone_layers,
     read_llama_layers,
     read_qwen2_layers,
 )
-from exafuse.config_model import DType, ModelConfig, ModelType
-from exafuse.config_rope import MAX_POSITIONS, RopeConfig, read_rope
+from exafuse.config.model import DType, ModelConfig, ModelType
+from exafuse.config.rope import MAX_POSITIONS, RopeConfig, read_rope
 from exafuse.errors import ConfigError
 from exafuse.strict_json import read_json, shorten
 
-__all__ = ["LayerPlan", "ModelConfig", "RopeConfig", "load_config", "read_json"]
+__all__ = ["LayerPlan", "ModelConfig", "RopeConfig", "load_config"]
 
 # The largest released config.json has some 10 KB; parsed JSON takes up to 25 times its size.
 CONFIG_LIMIT_BYTES: Final = 2 * 2**20

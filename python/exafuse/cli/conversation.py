@@ -6,8 +6,8 @@ import contextlib
 import sys
 from typing import Any, TextIO
 
+from exafuse.cli.terminal import AnswerPrinter, is_terminal, prefill_bar
 from exafuse.errors import TemplateError
-from exafuse.terminal import AnswerPrinter, is_terminal, prefill_bar
 
 HELP = """\
 /reset         forget the conversation (the system message stays)
@@ -21,9 +21,9 @@ class Conversation:
     """Messages so far, and the commands that change them.
 
     Args:
-        model, tokenizer: what ``exafuse.chat`` takes.
+        model, tokenizer: what ``exafuse.text.chat`` takes.
         system: system message, or None.
-        thinking, preset: as in ``exafuse.chat``.
+        thinking, preset: as in ``exafuse.text.chat``.
         options: keyword arguments of ``generate``.
         quiet: no progress bar, no statistics.
     """
@@ -92,7 +92,7 @@ class Conversation:
     def answer(self, text: str) -> None:
         """Send one message and print the answer. A failure or Ctrl-C before the first word of it
         leaves the conversation as it was."""
-        from exafuse.chat import chat
+        from exafuse.text.chat import chat
 
         self.messages.append({"role": "user", "content": text})
         printer = AnswerPrinter(self.tokenizer)

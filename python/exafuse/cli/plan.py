@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from exafuse.config import ModelConfig, load_config
-from exafuse.config_layers import FULL
+from exafuse.config.layer_plan import FULL
 from exafuse.errors import CheckpointError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -9,9 +9,9 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from exafuse.chat_messages import THINK_OPEN
-from exafuse.chat_reply import hidden_ids, reply_text, split_thinking
-from exafuse.chat_streaming import ReplyStreamer
+from exafuse.text.messages import THINK_OPEN
+from exafuse.text.reply import hidden_ids, reply_text, split_thinking
+from exafuse.text.streaming import ReplyStreamer
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 PREFILL_BAR_TOKENS = 4096  # shorter prompts are read before anyone could look at a bar

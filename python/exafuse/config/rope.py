@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, cast
 
-from exafuse.config_fields import REQUIRED, Fields
+from exafuse.config.fields import REQUIRED, Fields
 from exafuse.strict_json import shorten
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]

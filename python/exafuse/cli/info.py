@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from exafuse.info_probes import LIBRARIES, PROBES, Probe
+from exafuse.cli.info_probes import LIBRARIES, PROBES, Probe
 
 SCHEMA = 1
 PATHS = "path of each op"

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from exafuse.config import ModelConfig, load_config
 from exafuse.errors import TemplateError
-from exafuse.hub import resolve_folder
-from exafuse.verify_report import Report, compare_fp32, compare_half
-from exafuse.verify_sides import Trace, run_side
+from exafuse.verification.report import Report, compare_fp32, compare_half
+from exafuse.verification.sides import Trace, run_side
+from exafuse.weights.hub import resolve_folder
 
 SIDES = ("reference", "transformers", "cuda", "emulated")
 PROMPT = (
@@ -129,7 +129,7 @@ def compare_folder(
 
 
 def _prompt_ids(folder: Path, config: ModelConfig, prompt: str | None) -> Tensor:
-    from exafuse.chat_loading import load_processor
+    from exafuse.text.loading import load_processor
 
     try:
         tokenizer = load_processor(folder)

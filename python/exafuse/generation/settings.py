@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from exafuse.config import ModelConfig
-from exafuse.generation_config import GenerationConfig
-from exafuse.sampling import SamplingParams
+from exafuse.generation.config import GenerationConfig
+from exafuse.generation.sampling import SamplingParams
 
 DEFAULT_NEW_TOKENS = 20  # transformers' default, when no length is set anywhere
 CACHE_IMPLEMENTATIONS = ("dynamic", "static")

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
-from exafuse.chat_messages import THINK_CLOSE, THINK_OPEN
-from exafuse.chat_reply import hidden_ids, reply_text
+from exafuse.text.messages import THINK_CLOSE, THINK_OPEN
+from exafuse.text.reply import hidden_ids, reply_text
 
 ThinkingDisplay = Literal["show", "dim", "hide"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, cast
 
-from exafuse.config_fields import Fields
-from exafuse.config_rope import MAX_POSITIONS
+from exafuse.config.fields import Fields
+from exafuse.config.rope import MAX_POSITIONS
 
 LayerType = Literal["full_attention", "sliding_attention"]
 FULL: Final[LayerType] = "full_attention"

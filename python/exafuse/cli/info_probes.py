@@ -1,4 +1,4 @@
-"""The single questions that :mod:`exafuse.info` asks about an installation.
+"""The single questions that :mod:`exafuse.cli.info` asks about an installation.
 
 Each probe returns plain data or raises; whoever calls it guards it. Standard library only: torch
 and the package's other modules are imported inside the probes that are about them.

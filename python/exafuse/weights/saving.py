@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exafuse.checkpoint import INDEX_NAME, WEIGHTS_NAME
-from exafuse.safetensors_file import CHUNK_BYTES, DTYPE_NAMES
-from exafuse.weight_names import EMBEDDING, HEAD, unmerged_state_dict
+from exafuse.weights.checkpoint import INDEX_NAME, WEIGHTS_NAME
+from exafuse.weights.names import EMBEDDING, HEAD, unmerged_state_dict
+from exafuse.weights.safetensors_file import CHUNK_BYTES, DTYPE_NAMES
 
 _OURS = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?|model\.safetensors\.index\.json(\.partial)?"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from exafuse.config import LayerPlan, ModelConfig
-from exafuse.verify_sides import Trace
+from exafuse.verification.sides import Trace
 
 # fp32: error of a logit relative to the largest logit; relative L2 error of a token's hidden state.
 FP32_LOGIT_LIMIT = 2e-5

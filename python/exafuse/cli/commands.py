@@ -101,7 +101,7 @@ def _show_warning(
 
 def _one_line(message: object) -> str:
     """Text of an error or warning, which may quote a file, without line breaks and controls."""
-    from exafuse.terminal import without_controls
+    from exafuse.cli.terminal import without_controls
 
     text = without_controls(" ".join(str(message).split()))
     return text or type(message).__name__
@@ -123,7 +123,7 @@ def _info(parser: argparse.ArgumentParser) -> Run:
     )
 
     def run(arguments: argparse.Namespace) -> int:
-        from exafuse import info
+        from exafuse.cli import info
 
         result = info.report()
         print(info.to_json(result) if arguments.json else info.render(result))
@@ -142,7 +142,7 @@ def _plan(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--png", metavar="FILE", help="draw who attends to what (matplotlib)")
 
     def run(arguments: argparse.Namespace) -> int:
-        from exafuse.plan import draw, plan
+        from exafuse.cli.plan import draw, plan
 
         dtype = None if arguments.dtype == "auto" else arguments.dtype
         result = plan(arguments.model, arguments.context, arguments.batch, dtype)
@@ -201,9 +201,9 @@ def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer) of the checkpoint that the arguments name."""
-    from exafuse.chat_loading import load_processor
-    from exafuse.hub import resolve_folder
     from exafuse.models import from_pretrained
+    from exafuse.text.loading import load_processor
+    from exafuse.weights.hub import resolve_folder
 
     folder = resolve_folder(arguments.model, arguments.revision)
     tokenizer = load_processor(folder)  # first: it is quick, and fails for a folder without one
@@ -225,7 +225,7 @@ def _generate(parser: argparse.ArgumentParser) -> Run:
     add_sampling_arguments(parser)
 
     def run(arguments: argparse.Namespace) -> int:
-        from exafuse.terminal import AnswerPrinter, is_terminal
+        from exafuse.cli.terminal import AnswerPrinter, is_terminal
 
         prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
         _check_text(prompt)
@@ -243,12 +243,12 @@ def generate_text(
     model: Any, tokenizer: Any, prompt: str, arguments: argparse.Namespace, printer: Any
 ) -> None:
     """Stream the continuation of ``prompt``, or the answer to it, to ``printer``."""
-    from exafuse.terminal import prefill_bar
+    from exafuse.cli.terminal import prefill_bar
 
     options = sampling_options(arguments)
     progress = prefill_bar(arguments.quiet)
     if tokenizer.chat_template is not None and not arguments.raw:
-        from exafuse.chat import chat
+        from exafuse.text.chat import chat
 
         messages = [{"role": "user", "content": prompt}]
         chat(
@@ -294,7 +294,7 @@ def _chat(parser: argparse.ArgumentParser) -> Run:
     add_sampling_arguments(parser)
 
     def run(arguments: argparse.Namespace) -> int:
-        from exafuse.conversation import Conversation
+        from exafuse.cli.conversation import Conversation
 
         model, tokenizer = load(arguments)
         if tokenizer.chat_template is None:
@@ -336,7 +336,7 @@ def _verify(parser: argparse.ArgumentParser) -> Run:
     add("--quiet", action="store_true", help="no progress bars")
 
     def run(arguments: argparse.Namespace) -> int:
-        from exafuse.verify import verify, verify_tiny
+        from exafuse.verification.verify import verify, verify_tiny
 
         if (arguments.model is None) == (arguments.tiny is None):
             raise ValueError("verify: expected either a checkpoint or --tiny")

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from exafuse.config_fields import Fields
+from exafuse.config.fields import Fields
 from exafuse.strict_json import shorten
 
 _HEADS: Final = (

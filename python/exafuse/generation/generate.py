@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from exafuse.config import ModelConfig
-from exafuse.generation_config import GenerationConfig
-from exafuse.generation_settings import Settings, context_length, resolve, total_length
-from exafuse.prompts import Prompt, read_prompt, split_mapping
-from exafuse.sampling import (
+from exafuse.generation.config import GenerationConfig
+from exafuse.generation.prompts import Prompt, read_prompt, split_mapping
+from exafuse.generation.sampling import (
     LogitsProcessor,
     ScoreChain,
     TokenDraw,
     unusable_rows,
 )
-from exafuse.stopping import StopCheck, StoppingCriterion, StopStrings, Streamer, verdict
+from exafuse.generation.settings import Settings, context_length, resolve, total_length
+from exafuse.generation.stopping import StopCheck, StoppingCriterion, StopStrings, Streamer, verdict
 
 __all__ = ["GenerateOutput", "GenerationConfig", "generate"]
 

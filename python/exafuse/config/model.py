@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal
 
-from exafuse.config_layers import SLIDING, LayerPlan, LayerType, plan_layers
-from exafuse.config_rope import RopeConfig
+from exafuse.config.layer_plan import SLIDING, LayerPlan, LayerType, plan_layers
+from exafuse.config.rope import RopeConfig
 from exafuse.errors import ConfigError
 
 DType = Literal["bfloat16", "float16", "float32"]

@@ -1,0 +1,8 @@
+"""config.json -> ModelConfig: the one place where a checkpoint's description is read."""
+
+from exafuse.config.layer_plan import LayerPlan
+from exafuse.config.model import ModelConfig
+from exafuse.config.reading import load_config
+from exafuse.config.rope import RopeConfig
+
+__all__ = ["LayerPlan", "ModelConfig", "RopeConfig", "load_config"]

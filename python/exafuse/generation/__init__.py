@@ -1,0 +1,1 @@
+"""Continuing prompts: settings, inputs, sampling, the decoding loop, when to stop."""

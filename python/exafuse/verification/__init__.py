@@ -1,0 +1,1 @@
+"""Comparing two backends, or a backend with transformers, on the same weights."""

@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: strict safetensors, merged projections, the Hub, memory."""
