@@ -144,7 +144,7 @@ lint: $(STAMPS)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	@echo "$(BIN)/clang-format --dry-run -Werror" && $(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/python tests/lint_sources.py
 
 clean:
