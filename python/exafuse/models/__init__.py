@@ -15,7 +15,8 @@ from exafuse.config import ModelConfig, load_config
 from exafuse.errors import ConfigError
 from exafuse.generation.config import GenerationConfig
 from exafuse.layers import RMSNorm
-from exafuse.models.causal_lm import LAYERS, CausalLM
+from exafuse.models.causal_lm import CausalLM
+from exafuse.models.text_model import LAYERS
 from exafuse.weights.hub import resolve_folder
 from exafuse.weights.loading import load_weights
 from exafuse.weights.memory import check_fits

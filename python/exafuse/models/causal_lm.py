@@ -1,10 +1,9 @@
-"""The text model of every family: embedding, decoder layers, final norm, language-model head."""
+"""The language model of every family: one call, one step of generation, saving."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,67 +17,14 @@ from exafuse.config import ModelConfig
 from exafuse.generation.config import GenerationConfig
 from exafuse.generation.generate import generate
 from exafuse.kv_cache import KVCache
-from exafuse.layers import RMSNorm, Step
-from exafuse.models.exaone4 import PostNormLayer
-from exafuse.models.llama import PreNormLayer
+from exafuse.layers import Step
+from exafuse.models.output import CausalLMOutput, causal_lm_loss
+from exafuse.models.text_model import TextModel
 from exafuse.rotary import RotaryState, RotaryTable
 from exafuse.weights.saving import save_weights
 
 PREFILL_CHUNK = 2048
-LAYERS = {"llama": PreNormLayer, "qwen2": PreNormLayer, "exaone4": PostNormLayer}
 Progress = Callable[[int, int], None]
-
-
-@dataclass
-class CausalLMOutput:
-    """Fields as in transformers; also indexable by position or name among those that are set."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None  # [batch, columns kept, vocab_size]
-    past_key_values: KVCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None  # num_layers + 1, the last after the final norm
-    attentions: None = None
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """The fields that are set, in order."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return tuple(value for value in values if value is not None)
-
-    def __getitem__(self, key: int | str) -> Any:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.to_tuple())
-
-
-class TextModel(nn.Module):
-    """Embedding, layers and final norm, over packed tokens."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        layer = LAYERS[config.model_type]
-        self.layers = nn.ModuleList(layer(config, plan) for plan in config.layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self, embeds: Tensor, step: Step, backend: ModuleType, collect: list[Tensor] | None = None
-    ) -> Tensor:
-        """``embeds [num_tokens, hidden_size]`` -> normed hidden states; ``collect`` gets each
-        layer's."""
-        x, delta = embeds, None
-        for layer in self.layers:
-            if collect is not None:
-                collect.append(x if delta is None else x + delta)
-            x, delta = layer(x, delta, step, backend)
-        if delta is None:
-            x = backend.rms_norm(x, self.norm.weight, self.norm.eps)
-        else:
-            x, _ = backend.add_rms_norm(delta, x, self.norm.weight, self.norm.eps)
-        if collect is not None:
-            collect.append(x)
-        hidden: Tensor = x
-        return hidden
 
 
 class CausalLM(nn.Module):
@@ -413,20 +359,3 @@ class CausalLM(nn.Module):
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def causal_lm_loss(
-    logits: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None = None
-) -> Tensor:
-    """Mean cross entropy of each token against the next label, in fp32; -100 is ignored."""
-    if logits.shape[:2] != labels.shape:
-        raise ValueError(
-            f"labels: expected {tuple(logits.shape[:2])} (keep all logits), "
-            f"got {tuple(labels.shape)}"
-        )
-    targets = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(logits.device)
-    scores = logits.float().flatten(0, 1)
-    if num_items_in_batch is None:
-        return F.cross_entropy(scores, targets, ignore_index=-100)
-    total = F.cross_entropy(scores, targets, ignore_index=-100, reduction="sum")
-    return total / num_items_in_batch
