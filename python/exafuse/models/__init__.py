@@ -44,8 +44,8 @@ def from_pretrained(
 
     Args:
         folder_or_name: an existing folder wins; anything else is a Hub repository id.
-        dtype: None or "auto" = what the file says; or "bfloat16", "float16", "float32", a torch
-            dtype.
+        dtype: None or "auto" = that of the weights in the file; or "bfloat16", "float16",
+            "float32", a torch dtype to cast to.
         device: None = the GPU if there is one, else the CPU.
         device_map: a single device, spelled as in accelerate ("cuda:0", {"": 0}).
         backend: "auto" (kernels where they can run), "cuda", "emulated" or "reference".
@@ -72,7 +72,7 @@ def from_pretrained(
     load_weights(
         model,
         folder,
-        dtype=kind,
+        dtype="auto" if dtype is None else dtype,
         device=target,
         tie_word_embeddings=config.tie_word_embeddings,
         check_finite=check_finite,

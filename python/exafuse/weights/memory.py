@@ -31,7 +31,7 @@ def check_fits(num_bytes: int, device: str | torch.device, what: str) -> None:
         raise DoesNotFitError(
             f"{what}: needs {_gib(num_bytes)} on {device}, {_gib(free)} are free. Ways out: "
             "a smaller dtype (dtype='bfloat16' takes half of float32); a device with more memory, "
-            "or device_map='auto' to let transformers spread the model over several; a shorter "
+            "or transformers with device_map='auto', which spreads a model over several; a shorter "
             "context or a smaller batch, if it is the cache that does not fit"
         )
 
