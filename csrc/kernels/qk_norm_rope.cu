@@ -1,9 +1,11 @@
 // What stands between the merged projection and attention, in one launch: per-head RMSNorm of q and
 // k, rotary embedding (RoPE, Su et al. 2021) of both, and the write of k and v to their place:
 //
-//   a = x * r * weight                      r = 1 / sqrt(mean(x^2) + eps) over one head; no weight:
-//   a = x out[i]        = a[i] * cos[i] - a[i + head_dim / 2] * sin[i] out[i + half] = a[i +
-//   head_dim / 2] * cos[i] + a[i] * sin[i]          no table: out = a
+// clang-format off
+//   a             = x * r * weight          r = 1 / sqrt(mean(x^2) + eps) over one head; no weight: a = x
+//   out[i]        = a[i] * cos[i] - a[i + half] * sin[i]           half = head_dim / 2
+//   out[i + half] = a[i + half] * cos[i] + a[i] * sin[i]           no table: out = a
+// clang-format on
 //
 // Apart, these are five passes over q and k. A head belongs to 1 to 16 neighbouring lanes; a lane
 // holds one vector of the first half and its partner of the second, so that rotation needs no
