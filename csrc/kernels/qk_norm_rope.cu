@@ -2,7 +2,7 @@
 // k, rotary embedding (RoPE, Su et al. 2021) of both, and the write of k and v to their place:
 //
 // clang-format off
-//   a             = x * r * weight          r = 1 / sqrt(mean(x^2) + eps) over one head; no weight: a = x
+//   a             = x * r * weight      r = 1 / sqrt(mean(x^2) + eps) over a head; no weight: a = x
 //   out[i]        = a[i] * cos[i] - a[i + half] * sin[i]           half = head_dim / 2
 //   out[i + half] = a[i + half] * cos[i] + a[i] * sin[i]           no table: out = a
 // clang-format on
