@@ -1,0 +1,226 @@
+"""Applies a defect to a copy of csrc/, builds the extension of it, and runs who must notice.
+
+Objects that a defect does not touch are taken from the finished build of the variant; only the
+kernels that include the changed file are compiled again, with the variant's own commands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from emulator import build, sanitizers
+
+CSRC = build.ROOT / "csrc"
+TESTS = build.ROOT / "tests"
+# Host functions are checked by these, whatever the kernel.
+HOST_TESTS = ("test_bad_arguments.py", "test_bad_memory.py", "test_ops.py")
+VARIANT_OF_CHECK = {"plain": "plain", "asan": "asan", "tsan": "tsan"}
+TEST_LIMIT_S = 300
+
+
+class Mutant(NamedTuple):
+    """One defect: `find` in `file` (below csrc/) becomes `replace`; `check` must notice."""
+
+    file: str
+    name: str
+    find: str
+    replace: str
+    check: str = "plain"
+
+
+class Verdict(NamedTuple):
+    """What became of a mutant: "killed" by something, "survived", or "broken" (no valid patch)."""
+
+    mutant: Mutant
+    outcome: str
+    by: str
+    seconds: float
+
+
+def apply(mutant: Mutant, text: str) -> str:
+    """The mutated source; ValueError unless `find` stands exactly once (white space aside)."""
+    pattern = re.compile(r"\s+".join(re.escape(word) for word in mutant.find.split()))
+    found = pattern.findall(text)
+    if len(found) != 1:
+        raise ValueError(f"{mutant.file}: '{mutant.name}': found {len(found)} times: {mutant.find}")
+    return pattern.sub(lambda _: mutant.replace, text)
+
+
+@cache
+def includes(file: str) -> frozenset[str]:
+    """The files below csrc/ that a source file includes, directly or not, itself among them."""
+    closure = {file}
+    for name in re.findall(r'^#include "([^"]+)"', (CSRC / file).read_text(), re.MULTILINE):
+        if (CSRC / name).exists():
+            closure |= includes(name)
+    return frozenset(closure)
+
+
+def source_hash(file: str) -> str:
+    """Hash of a source file and all headers it includes, without comments and white space."""
+    digest = hashlib.sha256()
+    for name in sorted(includes(file)):
+        code = re.sub(r"//[^\n]*|/\*.*?\*/", " ", (CSRC / name).read_text(), flags=re.DOTALL)
+        digest.update(f"{name}\n{' '.join(code.split())}\n".encode())
+    return digest.hexdigest()
+
+
+def kernels_with(file: str) -> list[str]:
+    """The kernel sources below csrc/ that are the file, or include it."""
+    kernels = sorted(str(path.relative_to(CSRC)) for path in CSRC.glob("kernels/**/*.cu"))
+    return [kernel for kernel in kernels if file in includes(kernel)]
+
+
+def tests_for(mutant: Mutant) -> list[str]:
+    """Test files that may notice a mutant, the likeliest first."""
+    kernel_tests = [f"test_{Path(kernel).stem}.py" for kernel in kernels_with(mutant.file)]
+    host_first = mutant.file.endswith(".h") or "check_" in mutant.find
+    ordered = [*HOST_TESTS, *kernel_tests] if host_first else [*kernel_tests, *HOST_TESTS]
+    return [str(TESTS / name) for name in ordered if (TESTS / name).exists()]
+
+
+class Workshop:
+    """A folder with a copy of csrc/ in which one mutant after the other is built and judged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(CSRC, folder / "csrc")
+
+    def judge(self, mutant: Mutant) -> Verdict:
+        """Builds the mutant and runs its check."""
+        start = time.monotonic()
+        copy = self.folder / "csrc" / mutant.file
+        try:
+            copy.write_text(apply(mutant, (CSRC / mutant.file).read_text()))
+            library = self.compile(mutant.file, VARIANT_OF_CHECK[mutant.check])
+        except (ValueError, subprocess.CalledProcessError) as error:
+            output = getattr(error, "stderr", "") or str(error)
+            return Verdict(mutant, "broken", output[:2000], time.monotonic() - start)
+        finally:
+            shutil.copy(CSRC / mutant.file, copy)
+        by = self.check(mutant, library)
+        outcome = "survived" if by is None else "killed"
+        return Verdict(mutant, outcome, by or "", time.monotonic() - start)
+
+    def compile(self, file: str, variant: str) -> Path:
+        """The extension with the kernels that include `file` compiled from the copy."""
+        built = build.folder_of(variant)
+        commands = json.loads((built / "compile_commands.json").read_text())
+        objects = []
+        changed = {str(CSRC / kernel) for kernel in kernels_with(file)}
+        for command in commands:
+            output = Path(command["directory"]) / command["output"]
+            if "_honesty" in command["output"]:
+                continue
+            if command["file"] not in changed:
+                objects.append(str(output))
+                continue
+            source = self.folder / "csrc" / Path(command["file"]).relative_to(CSRC)
+            target = self.folder / f"{source.stem}.{variant}.o"
+            words = command["command"].split()
+            words = [word.replace(f"-I{CSRC}", f"-I{self.folder}/csrc") for word in words]
+            words = [word for word in words if word not in ("-g", "-g1")]
+            words[words.index("-o") + 1] = str(target)
+            words[words.index("-c") + 1] = str(source)
+            words += ["-O1", "-w"]
+            subprocess.run(words, check=True, capture_output=True, text=True)
+            objects.append(str(target))
+        library = self.folder / variant / "_C_emulated.so"
+        library.parent.mkdir(exist_ok=True)
+        flags = {"asan": ["-fsanitize=address,undefined"], "tsan": ["-fsanitize=thread"]}
+        link = ["g++", "-shared", "-o", str(library), *objects, *flags.get(variant, [])]
+        subprocess.run(link, check=True, capture_output=True, text=True)
+        return library
+
+    def check(self, mutant: Mutant, library: Path) -> str | None:
+        """What noticed the defect, or None."""
+        if mutant.check == "tsan":
+            return self._race_cases(library)
+        if mutant.check == "asan":
+            return self._tests_under_asan(mutant, library)
+        return run_tests(tests_for(mutant), library, self.folder / "tests.log")
+
+    def _race_cases(self, library: Path) -> str | None:
+        environment = sanitizers.environment("tsan")
+        environment["PYTHONPATH"] = f"{library.parent}{os.pathsep}{environment['PYTHONPATH']}"
+        program = [str(TESTS / "emulator" / "race_cases.py"), "--cases", "40"]
+        done = subprocess.run(
+            [*sanitizers.prefix("tsan"), sys.executable, *program, "--schedule", "random"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TEST_LIMIT_S,
+            check=False,
+        )
+        return None if done.returncode == 0 else "race_cases.py under TSan"
+
+    def _tests_under_asan(self, mutant: Mutant, library: Path) -> str | None:
+        environment = sanitizers.environment("asan")
+        environment["EXAFUSE_EMULATED_LIB"] = str(library)
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *_pytest_arguments(), *tests_for(mutant)],
+            env=environment,
+            cwd=build.ROOT,
+            capture_output=True,
+            text=True,
+            timeout=TEST_LIMIT_S,
+            check=False,
+        )
+        return None if done.returncode == 0 else "the kernel tests under ASan"
+
+
+def _pytest_arguments() -> list[str]:
+    return ["-x", "-q", "-m", "not gpu", "-p", "no:cacheprovider", "--no-header"]
+
+
+def run_tests(tests: list[str], library: Path, log: Path) -> str | None:
+    """Runs pytest in a fork of this process, which has torch loaded; the test that failed, or None.
+
+    A crash or a run beyond the limit counts as noticed, too.
+    """
+    import pytest
+    import torch
+
+    torch.set_num_threads(1)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(TEST_LIMIT_S)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(build.ROOT)
+        os.environ["EXAFUSE_EMULATED_LIB"] = str(library)
+        sys.path[:0] = [str(TESTS), str(build.ROOT / "python")]
+        code = 3
+        try:
+            code = int(pytest.main([*_pytest_arguments(), *tests]))
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        return "the time limit" if number == signal.SIGALRM else f"signal {number}"
+    if os.WEXITSTATUS(status) == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", log.read_text(), re.MULTILINE)
+    return found[1] if found else f"pytest, exit status {os.WEXITSTATUS(status)}"
+
+
+def variants_of(mutants: list[Mutant]) -> Iterator[str]:
+    """The builds that a list of mutants needs."""
+    yield from dict.fromkeys(VARIANT_OF_CHECK[mutant.check] for mutant in mutants)
