@@ -11,7 +11,6 @@ import pytest
 import tiny_models
 import torch
 from exafuse import reference
-from exafuse.weights import memory
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +65,9 @@ def test_a_model_that_does_not_fit_is_refused_before_the_first_weight(
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to("/nonexistent/weights")  # never opened
     with pytest.raises(exafuse.DoesNotFitError, match=r"GiB") as error:
-        exafuse.from_pretrained(tmp_path, device="cpu")
+        exafuse.from_pretrained(tmp_path, device="cpu", dtype="bfloat16")
     assert "dtype" in str(error.value)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 10)
+    monkeypatch.setattr("exafuse.weights.memory.free_bytes", lambda device: 10)
     with pytest.raises(exafuse.DoesNotFitError):
         exafuse.from_config(config, device="cpu")
 

@@ -19,6 +19,7 @@ class Packing:
     columns: int
     lengths: list[int]  # tokens of each row
     index: Tensor | None  # int64 [num_tokens], flat cells in row order
+    mask: Tensor | None  # bool [batch, columns] on the CPU
     offsets: Tensor | None  # int64 [num_tokens], index of each token among its row's tokens
 
     @classmethod
@@ -26,10 +27,11 @@ class Packing:
         """Packing of a block; ``mask [batch, columns]`` (on the CPU, bool) or None = no
         padding."""
         if mask is None or bool(mask.all()):
-            return cls(batch, columns, [columns] * batch, None, None)
+            return cls(batch, columns, [columns] * batch, None, None, None)
         offsets = (mask.cumsum(1) - 1)[mask]
         index = mask.flatten().nonzero().squeeze(1)
-        return cls(batch, columns, mask.sum(1).tolist(), index.to(device), offsets.to(device))
+        lengths = mask.sum(1).tolist()
+        return cls(batch, columns, lengths, index.to(device), mask, offsets.to(device))
 
     @property
     def uniform(self) -> bool:
@@ -72,7 +74,9 @@ class Packing:
         return starts.to(torch.int32).to(device)
 
 
-def padding_mask(attention_mask: Tensor, batch: int, columns: int, seen: int) -> Tensor | None:
+def padding_mask(
+    attention_mask: Tensor, batch: int, columns: int, cached: list[int], seen: int
+) -> Tensor | None:
     """The bool CPU mask ``[batch, columns]`` of this call's columns, or None when nothing is
     padding.
 
@@ -80,11 +84,17 @@ def padding_mask(attention_mask: Tensor, batch: int, columns: int, seen: int) ->
         attention_mask: ``[batch, seen + columns]`` or ``[batch, columns]``, 1 = token; padding
             sits at the left or the right of a row's tokens, never between them.
         batch, columns: of this call's input.
+        cached: tokens of each row that are already in the cache.
         seen: padded columns already in the cache.
 
     Raises:
-        ValueError: a wrong shape, a 4-D mask, or padding between two tokens of this call.
+        ValueError: a wrong shape, a 4-D mask, padding between two tokens of this call, or another
+            number of cached tokens than the cache holds.
     """
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(
+            f"attention_mask: expected a torch.Tensor, got {type(attention_mask).__name__}"
+        )
     if attention_mask.dim() != 2:
         raise ValueError(
             "attention_mask: expected 2-D (batch, columns), 1 for tokens and 0 for padding, got "
@@ -95,7 +105,15 @@ def padding_mask(attention_mask: Tensor, batch: int, columns: int, seen: int) ->
             f"attention_mask: expected ({batch}, {seen + columns}), "
             f"got {tuple(attention_mask.shape)}"
         )
-    mask = attention_mask[:, -columns:].cpu() != 0
+    whole = attention_mask.cpu() != 0
+    mask = whole[:, -columns:]
+    if whole.shape[1] > columns:
+        for row, kept in enumerate(whole[:, :-columns].sum(1).tolist()):
+            if kept != cached[row]:
+                raise ValueError(
+                    f"attention_mask: expected {cached[row]} cached tokens in row {row}, got "
+                    f"{kept}: what was cached as a token cannot become padding, nor the reverse"
+                )
     if bool(mask.all()):
         return None
     starts = (mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0]

@@ -8,6 +8,9 @@ Padding is never stored: ``lengths`` counts real tokens of each row, ``seen`` co
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +31,26 @@ class LayerCache:
     k: Tensor
     v: Tensor
     ring: bool
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Padded columns that were fed; ``mask`` says which cells were tokens, None = all of them."""
+
+    columns: int
+    mask: Tensor | None
+
+    def first(self, columns: int) -> _Block:
+        """The first so many columns of it."""
+        columns = min(max(columns, 0), self.columns)
+        return _Block(columns, None if self.mask is None else self.mask[:, :columns])
+
+    def lengths(self, rows: list[int]) -> list[int]:
+        """Tokens of each row."""
+        if self.mask is None:
+            return [self.columns] * len(rows)
+        counts: list[int] = self.mask.sum(1).tolist()
+        return counts
 
 
 class KVCache:
@@ -57,6 +80,10 @@ class KVCache:
         self.batch_size = batch_size
         self.chunk = chunk
         self.seen = 0
+        self.next_positions = torch.zeros(batch_size, dtype=torch.int64, device=device)  # for RoPE
+        self.num_positions = 0  # on the host: no row's next position is larger
+        self._blocks: list[_Block] = []
+        self._spoiled = False
         self.lengths = [0] * batch_size  # on the host
         self.seqlens = torch.zeros(
             batch_size, dtype=torch.int32, device=device
@@ -121,9 +148,18 @@ class KVCache:
                 mappings[slots] = rows * slots + (positions % slots if layer.ring else positions)
         return mappings
 
-    def advance(self, new_lengths: list[int], columns: int) -> None:
-        """Count tokens about to be written: ``new_lengths`` per row, ``columns`` of padded
-        input."""
+    def advance(self, new_lengths: list[int], columns: int, mask: Tensor | None = None) -> None:
+        """Count tokens about to be written.
+
+        Args:
+            new_lengths: tokens of each row.
+            columns: of the padded input.
+            mask: bool ``[batch, columns]`` on the CPU, where the tokens are; None = everywhere.
+        """
+        if mask is None and self._blocks and self._blocks[-1].mask is None:
+            self._blocks[-1] = _Block(self._blocks[-1].columns + columns, None)
+        else:
+            self._blocks.append(_Block(columns, mask))
         uniform = len(set(new_lengths)) == 1
         step: int | Tensor = new_lengths[0]
         if not uniform:
@@ -148,21 +184,62 @@ class KVCache:
         Raises:
             ValueError: a ring has already overwritten keys that the shortened rows would need.
         """
-        removed = self.seen - length
-        if removed < 0 or length < 0:
+        if not 0 <= length <= self.seen:
             raise ValueError(f"length: expected 0 to {self.seen}, got {length}")
-        lengths = [max(0, n - removed) for n in self.lengths]
+        lengths, blocks, start = [0] * self.batch_size, [], 0
+        for block in self._blocks:
+            kept = block.first(length - start)
+            if kept.columns:
+                blocks.append(kept)
+                lengths = [a + b for a, b in zip(lengths, kept.lengths(lengths), strict=True)]
+            start += block.columns
+        problem = self._overwritten(lengths)
+        if problem:
+            raise ValueError(f"length: {problem}")
+        removed = [old - new for old, new in zip(self.lengths, lengths, strict=True)]
+        device = self.seqlens.device
+        self.next_positions = self.next_positions - torch.tensor(removed).to(device)
+        self.lengths, self.seen, self._blocks = lengths, length, blocks
+        self.seqlens = torch.tensor(lengths, dtype=torch.int32).to(device)
+        # An emptied row starts anew, whatever its slots once held.
+        self.high_water = [h if n else 0 for h, n in zip(self.high_water, lengths, strict=True)]
+        self.next_positions = self.next_positions * (self.seqlens > 0)
+
+    def _overwritten(self, lengths: list[int]) -> str:
+        """Why the rows cannot go back to ``lengths``, or an empty string."""
         for layer, window_left in zip(self.layers, self._windows, strict=True):
             slots = layer.k.shape[1]
             for row, (kept, written) in enumerate(zip(lengths, self.high_water, strict=True)):
                 oldest = written - slots + window_left
                 if layer.ring and written > slots and 0 < kept < oldest:
-                    raise ValueError(
-                        f"length: row {row} of a sliding-window layer can be cut back to {oldest} "
-                        f"tokens at most ({written} were written into {slots} slots), got {kept}"
+                    return (
+                        f"row {row} of a sliding-window layer can be cut back to {oldest} tokens "
+                        f"at most ({written} were written into {slots} slots), got {kept}"
                     )
-        self.lengths, self.seen = lengths, length
-        self.seqlens = torch.tensor(lengths, dtype=torch.int32).to(self.seqlens.device)
+        return ""
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """A call that fails inside leaves the cache as it was.
+
+        Where it had already overwritten keys that are still needed, the cache is spoiled instead,
+        and every later call says so.
+        """
+        if self._spoiled:
+            raise ValueError(
+                "past_key_values: an interrupted call has overwritten keys of this cache; "
+                "start again with a new one"
+            )
+        state = copy.copy(self.rotary_state)
+        before = (self.lengths, self.seqlens, self.seen, self.next_positions, self.num_positions)
+        blocks = list(self._blocks)
+        try:
+            yield
+        except BaseException:
+            self._spoiled = bool(self._overwritten(before[0]))
+            self.lengths, self.seqlens, self.seen, self.next_positions, self.num_positions = before
+            self._blocks, self.rotary_state = blocks, state
+            raise
 
 
 def _round_up(length: int) -> int:

@@ -9,8 +9,22 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from exafuse import ops, reference
 from exafuse.config import LayerPlan, ModelConfig
 from exafuse.kv_cache import KVCache
+
+BACKENDS = ("auto", "cuda", "emulated", "reference")
+
+
+def resolve_backend(name: str) -> ModuleType:
+    """The module of ops that ``backend=`` names."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected {', '.join(BACKENDS)}, got {name!r}")
+    if name == "reference":
+        return reference
+    if name == "auto":
+        return ops
+    return ops.for_path(name)
 
 
 @dataclass(frozen=True)

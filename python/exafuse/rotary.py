@@ -149,7 +149,8 @@ class RotaryTable:
             limit = min(limit, self.rope.original_max_position_embeddings or limit)
         if self.rope.rope_type == "dynamic" and length:
             limit = length  # one call further the frequencies are others
-        count = max(num_positions, min(count, limit))
+        # Beyond the limit tables go on doubling: one more row a token would mean a new table each.
+        count = max(num_positions, count if num_positions > limit else min(count, limit))
         frequencies = rope_frequencies(
             self.rope, self.head_dim, self.max_position_embeddings, length or None
         )

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from exafuse import ops, reference
 from exafuse.config import ModelConfig, load_config
+from exafuse.config.model import DType
 from exafuse.errors import ConfigError
 from exafuse.generation.config import GenerationConfig
-from exafuse.layers import RMSNorm
+from exafuse.layers import RMSNorm, resolve_backend
 from exafuse.models.causal_lm import CausalLM
 from exafuse.models.text_model import LAYERS
 from exafuse.weights.hub import resolve_folder
 from exafuse.weights.loading import load_weights
 from exafuse.weights.memory import check_fits
 
-BACKENDS = ("auto", "cuda", "emulated", "reference")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES: dict[DType, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 
 
 def from_pretrained(
@@ -60,13 +63,13 @@ def from_pretrained(
     """
     _refuse(head=head, num_labels=num_labels, quantize=quantize, mtp=mtp or None)
     functions = resolve_backend(backend)
-    target = _device(device, device_map)
+    target = _device(device, device_map, backend)
     folder = resolve_folder(str(folder_or_name), revision)
     config = load_config(folder)
     _check_runnable(config, str(folder))
     kind = _dtype(dtype, config)
-    size = torch.empty(0, dtype=kind).element_size()
-    check_fits(config.num_parameters() * size, target, f"the weights of {folder}")
+    if dtype not in (None, "auto"):  # else the file decides, and loading compares
+        check_fits(config.num_parameters() * kind.itemsize, target, f"the weights of {folder}")
     with torch.device("meta"):
         model = CausalLM(config, functions)
     load_weights(
@@ -78,6 +81,7 @@ def from_pretrained(
         check_finite=check_finite,
         progress=progress,
     )
+    model.config = _as_loaded(config, model.dtype)
     model.generation_config = GenerationConfig.from_folder(folder, config)
     return model
 
@@ -103,9 +107,8 @@ def from_config(
     if not isinstance(config, ModelConfig):
         config = load_config(config)
     _check_runnable(config, "config")
-    target, kind = _device(device, None), _dtype(dtype, config)
-    size = torch.empty(0, dtype=kind).element_size()
-    check_fits(config.num_parameters() * size, target, "the random weights")
+    target, kind = _device(device, None, backend), _dtype(dtype, config)
+    check_fits(config.num_parameters() * kind.itemsize, target, "the random weights")
     with torch.device("meta"):
         model = CausalLM(config, resolve_backend(backend))
     model = model.to(kind).to_empty(device=target)
@@ -119,19 +122,9 @@ def from_config(
                 nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
+    model.config = _as_loaded(config, kind)
     model.generation_config = GenerationConfig.from_model_config(config)
     return model
-
-
-def resolve_backend(name: str) -> ModuleType:
-    """The module of ops that ``backend=`` names."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend: expected {', '.join(BACKENDS)}, got {name!r}")
-    if name == "reference":
-        return reference
-    if name == "auto":
-        return ops
-    return ops.for_path(name)
 
 
 def _refuse(**options: object) -> None:
@@ -148,6 +141,12 @@ def _check_runnable(config: ModelConfig, where: str) -> None:
         )
 
 
+def _as_loaded(config: ModelConfig, dtype: torch.dtype) -> ModelConfig:
+    """The config with the dtype that the weights have now: what is saved with them must say so."""
+    (name,) = (name for name, kind in DTYPES.items() if kind == dtype)
+    return dataclasses.replace(config, dtype=name)
+
+
 def _dtype(dtype: str | torch.dtype | None, config: ModelConfig) -> torch.dtype:
     if dtype is None or dtype == "auto":
         return DTYPES[config.dtype]
@@ -160,7 +159,7 @@ def _dtype(dtype: str | torch.dtype | None, config: ModelConfig) -> torch.dtype:
 
 
 def _device(
-    device: str | torch.device | None, device_map: str | Mapping[str, Any] | None
+    device: str | torch.device | None, device_map: str | Mapping[str, Any] | None, backend: str
 ) -> torch.device:
     if device_map is not None:
         if device is not None:
@@ -177,8 +176,10 @@ def _device(
             )
         device = torch.device("cuda", one) if isinstance(one, int) else one
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() and backend != "emulated" else "cpu"
     target = torch.device(device)
+    if (backend, target.type) in (("cuda", "cpu"), ("emulated", "cuda")):
+        raise ValueError(f"backend, device: {backend!r} kernels cannot run on device {device!r}")
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {device} was asked for, but torch finds no GPU here")
     return target

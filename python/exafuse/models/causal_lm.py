@@ -17,8 +17,8 @@ from exafuse.config import ModelConfig
 from exafuse.generation.config import GenerationConfig
 from exafuse.generation.generate import generate
 from exafuse.kv_cache import KVCache
-from exafuse.layers import Step
-from exafuse.models.output import CausalLMOutput, causal_lm_loss
+from exafuse.layers import Step, resolve_backend
+from exafuse.models.output import CausalLMOutput, causal_lm_loss, check_kept
 from exafuse.models.text_model import TextModel
 from exafuse.rotary import RotaryState, RotaryTable
 from exafuse.weights.saving import save_weights
@@ -45,6 +45,14 @@ class CausalLM(nn.Module):
         self.prefill_chunk = PREFILL_CHUNK
         self.eval()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A module cannot be pickled or deep-copied; its path says how to find it again.
+        return self.__dict__ | {"backend": getattr(self.backend, "path", "reference")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.backend = resolve_backend(state["backend"])
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -53,7 +61,7 @@ class CausalLM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights and of every hidden state."""
-        return self.model.norm.weight.dtype
+        return self.model.embed_tokens.weight.dtype
 
     def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
         """An empty cache for ``batch_size`` rows that grows when needed.
@@ -93,37 +101,52 @@ class CausalLM(nn.Module):
             ``[batch, vocab_size]`` in the model's dtype, of each row's last token.
         """
         batch, columns = input_ids.shape
-        mask, num_positions = None, max(cache.lengths) + columns
+        self._check_cache(cache, batch)
+        mask, new = None, columns
         if attention_mask is not None:
-            mask = padding_mask(attention_mask, batch, columns, cache.seen)
+            mask = padding_mask(attention_mask, batch, columns, cache.lengths, cache.seen)
         if mask is not None:
-            new = mask.sum(1).tolist()
-            num_positions = max(a + b for a, b in zip(cache.lengths, new, strict=True))
-        cos, sin = self.rotary(num_positions, self.device, cache.rotary_state)
+            new = int(mask.sum(1).max())
+            if new == 0:
+                raise ValueError("attention_mask: expected a token in some row, got padding only")
         hidden = None
-        for start in range(0, columns, self.prefill_chunk):
-            stop = min(start + self.prefill_chunk, columns)
-            part = None if mask is None else mask[:, start:stop]
-            packing = Packing.of(batch, stop - start, part, self.device)
-            embeds = self.model.embed_tokens(packing.pack(input_ids[:, start:stop]))
-            x = self._run(embeds, packing, cache, cos, sin, None)
-            last = (
-                None
-                if packing.columns == 1 and packing.uniform
-                else packing.last_tokens(self.device)
-            )
-            rows = x if last is None else x[last.clamp(min=0)]
-            # A row without a token in this chunk keeps what it had.
-            if hidden is None or packing.uniform:
-                hidden = rows
-            else:
-                empty = torch.tensor([n == 0 for n in packing.lengths], device=self.device)
-                hidden = torch.where(empty[:, None], hidden, rows)
-            if progress is not None:
-                progress(stop, columns)
-        assert hidden is not None
+        with cache.transaction():
+            cache.num_positions += new
+            cos, sin = self.rotary(cache.num_positions, self.device, cache.rotary_state)
+            for start in range(0, columns, cache.chunk):
+                stop = min(start + cache.chunk, columns)
+                part = None if mask is None else mask[:, start:stop]
+                packing = Packing.of(batch, stop - start, part, self.device)
+                embeds = self.model.embed_tokens(packing.pack(input_ids[:, start:stop]))
+                x = self._run(embeds, packing, cache, cos, sin, None)
+                hidden = self._last(x, packing, hidden)
+                if progress is not None:
+                    progress(stop, columns)
         logits: Tensor = self.lm_head(hidden)
         return logits
+
+    def _last(self, x: Tensor, packing: Packing, before: Tensor | None) -> Tensor | None:
+        """Each row's last hidden state; a row without a token in this chunk keeps what it had."""
+        if packing.columns == 1 and packing.uniform:
+            return x
+        if x.shape[0] == 0:
+            return before
+        rows = x[packing.last_tokens(self.device).clamp(min=0)]
+        if before is None or packing.uniform:
+            return rows
+        empty = torch.tensor([n == 0 for n in packing.lengths]).to(self.device)
+        return torch.where(empty[:, None], before, rows)
+
+    def _check_cache(self, cache: KVCache, batch: int) -> None:
+        if not isinstance(cache, KVCache):
+            raise TypeError(
+                "past_key_values: expected the KVCache that an earlier call returned, "
+                f"got {type(cache).__name__}"
+            )
+        if cache.batch_size != batch:
+            raise ValueError(
+                f"past_key_values: holds {cache.batch_size} rows, the input has {batch}"
+            )
 
     def _run(
         self,
@@ -137,32 +160,40 @@ class CausalLM(nn.Module):
     ) -> Tensor:
         """One chunk of packed tokens through the layers, written to the cache.
 
-        ``positions`` None = absolute positions in the cache, counting real tokens only.
+        ``positions`` for RoPE; None = each row goes on where it stopped, counting real tokens.
         """
+        if embeds.shape[0] == 0:  # padding in every row
+            cache.advance(packing.lengths, packing.columns, packing.mask)
+            if collect is not None:
+                collect += [embeds] * (self.config.num_layers + 1)
+            return embeds
         cache.reserve(max(cache.lengths) + max(packing.lengths))
-        before = (cache.lengths, cache.seqlens, cache.seen)
         if packing.columns == 1 and packing.uniform:
-            rows, absolute = None, before[1].long()
+            rows, slots = None, cache.seqlens.long()
+            positions = cache.next_positions if positions is None else positions
+            cache.next_positions = positions + 1
         else:
-            rows = packing.rows(self.device)
-            absolute = before[1].long()[rows] + packing.token_offsets(self.device)
+            rows, offsets = packing.rows(self.device), packing.token_offsets(self.device)
+            slots = cache.seqlens.long()[rows] + offsets
+            if positions is None:
+                positions = cache.next_positions[rows] + offsets
+            after = positions[packing.last_tokens(self.device).clamp(min=0)] + 1
+            if not packing.uniform:
+                empty = torch.tensor([n == 0 for n in packing.lengths]).to(self.device)
+                after = torch.where(empty, cache.next_positions, after)
+            cache.next_positions = after
         step = Step(
             cos=cos,
             sin=sin,
-            positions=(absolute if positions is None else positions).to(torch.int32),
+            positions=positions.to(torch.int32),
             cu_seqlens=None if packing.uniform else packing.cu_seqlens(self.device),
             max_seqlen=max(packing.lengths),
             cache=cache,
-            slot_mappings=cache.slot_mappings(absolute, rows),
+            slot_mappings=cache.slot_mappings(slots, rows),
         )
-        cache.advance(packing.lengths, packing.columns)
-        try:
-            hidden: Tensor = self.model(embeds, step, self.backend, collect)
-            return hidden
-        except BaseException:
-            # Ctrl-C or an error between layers: the tokens of this call were never seen.
-            cache.lengths, cache.seqlens, cache.seen = before
-            raise
+        cache.advance(packing.lengths, packing.columns, packing.mask)
+        hidden: Tensor = self.model(embeds, step, self.backend, collect)
+        return hidden
 
     def forward(
         self,
@@ -177,6 +208,10 @@ class CausalLM(nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         return_dict: bool = True,
+        pixel_values: None = None,
+        image_grid_thw: None = None,
+        pixel_values_videos: None = None,
+        video_grid_thw: None = None,
         num_items_in_batch: int | Tensor | None = None,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits of a padded batch, with transformers' arguments and output fields.
@@ -186,8 +221,10 @@ class CausalLM(nn.Module):
                 hidden_size]``.
             attention_mask: ``[batch, columns]`` or with the cached columns in front; 0 = padding,
                 at the left or the right of a row. Padding costs nothing, its outputs are 0.
-            position_ids: ``[batch or 1, columns]`` RoPE positions; default: cached columns + 0,
-                1, 2, ... Masks and windows never read them. Without a cache and a mask, a jump
+            position_ids: ``[batch or 1, columns]`` RoPE positions; default: where each row
+                stopped (a new row: 0) + 0, 1, 2, ... over the columns. Padding behind a row's
+                tokens does not exist for later calls, neither for positions nor for windows.
+                Masks and windows never read positions. Without a cache and a mask, a jump
                 starts a new packed sequence.
             past_key_values: a cache returned by an earlier call; advanced in place.
             labels: int64 ``[batch, columns]``, -100 = ignored; shifted inside.
@@ -196,6 +233,8 @@ class CausalLM(nn.Module):
             output_hidden_states: also return the embeddings and every layer's output.
             output_attentions: attention weights are never formed; True is a ValueError.
             return_dict: False returns the plain tuple of the fields that are set.
+            pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw: these families
+                have no vision tower; anything but None is a ValueError.
             num_items_in_batch: divides the summed loss in place of the number of labels.
 
         Returns:
@@ -205,27 +244,28 @@ class CausalLM(nn.Module):
             raise ValueError(
                 "output_attentions: attention weights are never formed, expected False"
             )
+        if not all(
+            x is None for x in (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+        ):
+            raise ValueError("pixel_values: expected None, this model has no vision tower")
         embeds, batch, columns = self._embed(input_ids, inputs_embeds)
-        wants_grad = torch.is_grad_enabled() and embeds.requires_grad
-        if past_key_values is not None and not isinstance(past_key_values, KVCache):
-            raise TypeError(
-                "past_key_values: expected the KVCache that an earlier call returned, "
-                f"got {type(past_key_values).__name__}"
-            )
+        check_kept(logits_to_keep, labels, batch, columns)
+        wants_grad = torch.is_grad_enabled() and (
+            embeds.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
         cache = past_key_values
         if use_cache is None:
             use_cache = self.config.use_cache and not wants_grad
         if cache is None and use_cache:
             cache = self.new_cache(batch)
-        if cache is not None and cache.batch_size != batch:
-            raise ValueError(
-                f"past_key_values: holds {cache.batch_size} rows, the input has {batch}"
-            )
+        if cache is not None:
+            self._check_cache(cache, batch)
         seen = 0 if cache is None else cache.seen
         mask = None
         if attention_mask is not None:
-            mask = padding_mask(attention_mask, batch, columns, seen)
-        positions, num_positions = self._positions(position_ids, batch, columns, seen)
+            cached = [0] * batch if cache is None else cache.lengths
+            mask = padding_mask(attention_mask, batch, columns, cached, seen)
+        positions, num_positions = self._positions(position_ids, batch, columns, cache)
         if self.training and self.config.attention_dropout:
             raise ValueError("attention_dropout: not implemented, expected 0 in training")
         collect: list[Tensor] | None = [] if output_hidden_states else None
@@ -233,7 +273,8 @@ class CausalLM(nn.Module):
             packed = position_ids is not None and attention_mask is None
             hidden = self._whole(embeds, mask, positions, num_positions, packed, collect)
         else:
-            hidden = self._chunks(embeds, mask, positions, num_positions, cache, collect)
+            with cache.transaction():
+                hidden = self._chunks(embeds, mask, positions, num_positions, cache, collect)
         kept = hidden
         if isinstance(logits_to_keep, Tensor):
             kept = hidden[:, logits_to_keep]
@@ -250,24 +291,26 @@ class CausalLM(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
         if inputs_embeds is not None:
-            batch, columns, hidden = inputs_embeds.shape
-            if hidden != self.config.hidden_size or columns == 0:
+            shape = tuple(inputs_embeds.shape)
+            if len(shape) != 3 or shape[2] != self.config.hidden_size or 0 in shape:
                 raise ValueError(
                     f"inputs_embeds: expected (batch, columns >= 1, {self.config.hidden_size}), "
-                    f"got {tuple(inputs_embeds.shape)}"
+                    f"got {shape}"
                 )
-            return inputs_embeds.to(self.dtype), batch, columns
+            return inputs_embeds.to(self.dtype), shape[0], shape[1]
         assert input_ids is not None
         check_ids(input_ids, self.config.vocab_size)
         return self.model.embed_tokens(input_ids), input_ids.shape[0], input_ids.shape[1]
 
     def _positions(
-        self, position_ids: Tensor | None, batch: int, columns: int, seen: int
+        self, position_ids: Tensor | None, batch: int, columns: int, cache: KVCache | None
     ) -> tuple[Tensor, int]:
         """RoPE positions ``[batch, columns]`` and one more than the largest."""
         if position_ids is None:
-            positions = torch.arange(seen, seen + columns, device=self.device)
-            return positions.expand(batch, columns), seen + columns
+            positions = torch.arange(columns, device=self.device).expand(batch, columns)
+            if cache is None:
+                return positions, columns
+            return positions + cache.next_positions[:, None], cache.num_positions + columns
         if position_ids.shape not in ((batch, columns), (1, columns), (columns,)):
             raise ValueError(
                 f"position_ids: expected ({batch}, {columns}), got {tuple(position_ids.shape)}"
@@ -275,7 +318,10 @@ class CausalLM(nn.Module):
         positions = position_ids.to(self.device).expand(batch, columns)
         if int(positions.min()) < 0:
             raise ValueError("position_ids: expected non-negative positions")
-        return positions, int(positions.max()) + 1
+        largest = int(positions.max())
+        if largest >= 2**31 - 1:
+            raise ValueError(f"position_ids: expected positions below 2**31 - 1, got {largest}")
+        return positions, largest + 1
 
     def _chunks(
         self,
@@ -288,6 +334,7 @@ class CausalLM(nn.Module):
     ) -> Tensor:
         """Padded hidden states of a call with a cache, at most ``cache.chunk`` columns at a
         time."""
+        cache.num_positions = max(cache.num_positions, num_positions)
         cos, sin = self.rotary(num_positions, self.device, cache.rotary_state)
         columns = embeds.shape[1]
         outputs: list[Tensor] = []

@@ -34,6 +34,20 @@ class CausalLMOutput:
         return iter(self.to_tuple())
 
 
+def check_kept(
+    logits_to_keep: int | Tensor, labels: Tensor | None, batch: int, columns: int
+) -> None:
+    """Raise for labels or a choice of columns that do not fit ``[batch, columns]``."""
+    if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep: expected 0 (all) or more, got {logits_to_keep}")
+    if labels is None:
+        return
+    if isinstance(logits_to_keep, Tensor) or logits_to_keep or labels.shape != (batch, columns):
+        raise ValueError(
+            f"labels: expected {(batch, columns)} (keep all logits), got {tuple(labels.shape)}"
+        )
+
+
 def causal_lm_loss(
     logits: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None = None
 ) -> Tensor:

@@ -61,6 +61,8 @@ class _CacheView:
         inside = window_size[0] < 0 or longest <= window_size[0]
         if seqlen_q == 1 and seen_alike and inside and not (self.ring and longest == slots):
             return attend(q, k[:, :longest], v[:, :longest], None, softmax_scale, with_lse)
+        # Slots that no query sees, unwritten or older than the window, may hold anything.
+        poisoned = not seen_alike or window_size[0] >= 0
         slot = torch.arange(longest, device=q.device)[None]
         n = lengths[:, None].long()
         if not self.ring:
@@ -78,9 +80,7 @@ class _CacheView:
                 high = max(0, high)
             visible = visible_keys(i[:, start:stop], p[:, :high], window_size)
             block, keys, values = q[:, start:stop], k[:, :high], v[:, :high]
-            blocks.append(
-                attend(block, keys, values, visible, softmax_scale, with_lse, not seen_alike)
-            )
+            blocks.append(attend(block, keys, values, visible, softmax_scale, with_lse, poisoned))
         return join(blocks)
 
     def _gather(self, cache: Tensor, batch: slice) -> Tensor:
@@ -160,6 +160,8 @@ def flash_attn_with_kvcache(
         batch, longest_q = q.shape[0], q.shape[1]
     else:
         check_offsets("cu_seqlens_q", starts, q.shape[0])
+        if max_seqlen_q is not None and max_seqlen_q < max(b - a for a, b in pairwise(starts)):
+            raise ValueError(f"max_seqlen_q: expected the longest row, got {max_seqlen_q}")
         batch, longest_q = len(starts) - 1, max(b - a for a, b in pairwise(starts))
     _check_cache(k_cache, block_table, ring, window, longest_q)
     if cache_batch_idx is None and block_table is None and k_cache.shape[0] != batch:
@@ -169,10 +171,19 @@ def flash_attn_with_kvcache(
         )
     slots = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     lengths = _lengths(cache_seqlens, batch, slots, q.device)
+    for name, index in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
+        if index is not None:
+            Shapes(batch=batch).match(name, index, "batch")
+    if block_table is not None:
+        Shapes(batch=batch).match("block_table", block_table, "batch", "max_pages")
     view = _CacheView(k_cache, v_cache, cache_batch_idx, block_table, lengths, cache_leftpad, ring)
     if (k is None) != (v is None):
         raise ValueError("k, v: expected both or neither")
     if k is not None and v is not None:
+        new = Shapes(batch=batch, **{d: shapes.known[d] for d in ("num_kv_heads", "head_dim")})
+        for name, tensor in (("k", k), ("v", v)):
+            check_float(name, tensor, q.dtype)
+            new.match(name, tensor, "batch", "seqlen_new", "num_kv_heads", "head_dim")
         _append(k, v, view, slots)
         view = replace(view, lengths=lengths + k.shape[1])
     with_lse = return_softmax_lse or lse is not None
@@ -223,6 +234,8 @@ def _lengths(
 ) -> Tensor:
     if isinstance(cache_seqlens, Tensor):
         Shapes().match("cache_seqlens", cache_seqlens, batch)
+        if cache_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"cache_seqlens: expected int32, got {cache_seqlens.dtype}")
         return cache_seqlens
     filled = slots if cache_seqlens is None else cache_seqlens
     return torch.full((batch,), filled, dtype=torch.int32, device=device)

@@ -64,8 +64,19 @@ def _rows(
         )
     shapes = Shapes(num_tokens=num_tokens)
     shapes.match("positions", positions, "num_tokens")
+    if positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"positions: expected int32, got {positions.dtype}")
+    check_float("cos", cos)
+    check_float("sin", sin, cos.dtype)
     shapes.match("cos", cos, "rows", head_dim // 2)
     shapes.match("sin", sin, "rows", head_dim // 2)
+    if positions.device.type == "cpu" and num_tokens:
+        low, high = (int(bound) for bound in positions.aminmax())
+        if low < 0 or high >= cos.shape[0]:
+            raise ValueError(
+                f"positions: expected rows 0 to {cos.shape[0] - 1} of the tables, "
+                f"got {low} to {high}"
+            )
     return cos.index_select(0, positions).float(), sin.index_select(0, positions).float()
 
 
@@ -74,6 +85,9 @@ def _norm_rope(
 ) -> Tensor:
     if weight is None and rows is None:
         return x
+    if weight is not None:
+        check_float("q_weight, k_weight", weight, x.dtype, torch.float32)
+        Shapes(head_dim=x.shape[-1]).match("q_weight, k_weight", weight, "head_dim")
     y = x.float() if weight is None else norm_fp32(x, weight, eps)
     if rows is not None:
         y = rotate_fp32(y, *rows)
@@ -179,6 +193,8 @@ def write_cache(
     shapes.match("k_cache", k_cache, "rows", "slots", "num_kv_heads", "head_dim")
     shapes.match("v_cache", v_cache, "rows", "slots", "num_kv_heads", "head_dim")
     shapes.match("slot_mapping", slot_mapping, "num_tokens")
+    if slot_mapping.dtype != torch.int64:
+        raise ValueError(f"slot_mapping: expected int64, got {slot_mapping.dtype}")
     rows, slots = k_cache.shape[:2]
     if slot_mapping.numel() == 0:
         return
