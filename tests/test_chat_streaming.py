@@ -11,8 +11,10 @@ from conversations import Script
 from exafuse.text.chat import ReplyStreamer, chat
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import byte_fallback, byte_level
 
 HELLO = [{"role": "user", "content": "hello"}]
+TINY = {"byte_fallback": byte_fallback(), "byte_level": byte_level()}
 
 
 def stream(tokenizer: Any, text: str, opened: bool = False, **options: Any) -> list[str]:
@@ -35,6 +37,41 @@ def test_streamed_pieces_are_whole_characters(text: str) -> None:
     written = stream(processor("qwen2"), text)
     assert "".join(written) == text
     assert not any("\ufffd" in piece for piece in written)
+
+
+@pytest.mark.parametrize("kind", [*TINY, "begins_with_blank"])
+def test_neighbours_spelled_in_bytes_stay_whole(kind: str) -> None:
+    """A run of bytes is text or not as a whole; what was written of it must not spoil the rest."""
+    tokenizer = TINY.get(kind) or processor(kind)
+    runs = 0
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(text=st.text(st.sampled_from("가나뷁힣🦭🧭é ab\n"), max_size=20))
+    def check(text: str) -> None:
+        nonlocal runs
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert "\ufffd" not in tokenizer.decode(ids)
+        pieces = stream(tokenizer, text)
+        assert "".join(pieces) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        assert not any("\ufffd" in piece for piece in pieces)
+        runs += len(pieces) > 2
+
+    check()
+    assert runs > 50  # the text comes in pieces, not in one at the end
+    assert "".join(stream(tokenizer, "a가나b")) == "a가나b"
+
+
+def test_a_broken_byte_behind_a_character_spoils_nothing_else() -> None:
+    tokenizer = TINY["byte_fallback"]
+    whole = tokenizer("a가", add_special_tokens=False).input_ids
+    broken = tokenizer.convert_tokens_to_ids("<0xEB>")
+    written: list[str] = []
+    streamer = ReplyStreamer(tokenizer, written.append)
+    streamer.put(torch.tensor([[0]]))
+    for index in [*whole, broken, *tokenizer("b c", add_special_tokens=False).input_ids]:
+        streamer.put(torch.tensor([index]))
+    streamer.end()
+    assert "".join(written) == "a가\ufffd b c"
 
 
 def test_text_is_streamed_as_soon_as_it_is_certain() -> None:

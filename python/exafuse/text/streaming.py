@@ -39,8 +39,8 @@ class ReplyStreamer:
         self._begin()
 
     def _begin(self) -> None:
-        self._ids: list[int] = []
-        self._text = ""  # what self._ids decode to, as far as it was passed on
+        self._written: list[int] = []  # the ids of the last piece that was passed on
+        self._ids: list[int] = []  # the ids behind them
         self._pending = ""  # may be the beginning of a tag
         self._prompt_seen = False
         self._in_thought = False
@@ -59,25 +59,37 @@ class ReplyStreamer:
                 self._enter_thought("")
             return
         self._ids += [index for index in ids if index not in self._hidden]
-        text = reply_text(self._tokenizer, self._ids, ())
+        text = self._new_text()
         if not text.endswith(_REPLACEMENT):
             self._advance(text)
 
     def end(self) -> None:
         """Writes what is left and gets ready for the next reply."""
-        self._advance(reply_text(self._tokenizer, self._ids, ()))
+        self._advance(self._new_text())
         self._emit(self._pending)
         if self._in_thought and self._thinking == "dim":
             self._write(_PLAIN)
         self._begin()
 
-    def _advance(self, text: str) -> None:
-        new = text[len(self._text) :]
+    def _new_text(self) -> str:
+        """The text of ``self._ids``.
+
+        It is decoded behind the last piece, because decoders treat the beginning of a text apart
+        (a blank is dropped there). That piece begins and ends with whole characters: a cut inside
+        one would leave bytes that are no text, and decoders with a byte fallback then give up the
+        whole run of bytes, the next characters included.
+        """
+        before = reply_text(self._tokenizer, self._written, ())
+        text = reply_text(self._tokenizer, self._written + self._ids, ())
+        if text.startswith(before):
+            return text[len(before) :]
+        # Bytes that are no text (yet) spoiled the run they share with the last piece.
+        return reply_text(self._tokenizer, self._ids, ())
+
+    def _advance(self, new: str) -> None:
         if not new:
             return
-        # Only the newest tokens are decoded again: the text so far ended with a whole character.
-        self._ids = self._ids[-1:]
-        self._text = reply_text(self._tokenizer, self._ids, ())
+        self._written, self._ids = self._ids, []
         self._pending += new
         if self._thinking != "show":
             self._switch()
