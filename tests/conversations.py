@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from exafuse.config import RopeConfig
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
@@ -68,13 +69,18 @@ class Script:
     device = torch.device("cpu")
 
     def __init__(
-        self, tokenizer: Any, *replies: str, context: int = 4096, **generation: Any
+        self,
+        tokenizer: Any,
+        *replies: str,
+        context: int = 4096,
+        rope: RopeConfig | None = None,
+        **generation: Any,
     ) -> None:
         self.tokenizer = tokenizer
         self.replies = list(replies)
         self.prompts: list[list[int]] = []
         self.settings: list[dict[str, Any]] = []
-        self.config = SimpleNamespace(max_position_embeddings=context)
+        self.config = SimpleNamespace(max_position_embeddings=context, rope=rope or RopeConfig())
         self.generation_config = SimpleNamespace(**generation)
 
     def generate(self, input_ids: torch.Tensor, **keywords: Any) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from chat_tokenizers import processor
 from conversations import Script
+from exafuse.config import RopeConfig
 from exafuse.text.chat import PRESETS, chat, encode_chat, load_processor
 
 FAMILIES = list(chat_tokenizers.FAMILIES)
@@ -89,14 +91,15 @@ def test_length_and_end_of_a_reply() -> None:
     tokenizer = processor("qwen2")
     prompt = len(encode_chat(tokenizer, HELLO))
     model = Script(tokenizer, *["ok"] * 3, context=prompt + 7)
-    assert chat(model, tokenizer, HELLO).finished  # generation stopped early: a stop string, say
+    # Fewer tokens than asked for are no sign of an end: the context may be full.
+    assert not chat(model, tokenizer, HELLO).finished
     assert model.settings[0] == {"max_new_tokens": 7}
     length = len(tokenizer("ok").input_ids)
     assert not chat(model, tokenizer, HELLO, max_new_tokens=length).finished
     assert not chat(model, tokenizer, HELLO, max_length=prompt + length).finished
     assert model.settings[2] == {"max_length": prompt + length}
     model = Script(tokenizer, "ok", max_new_tokens=3)
-    chat(model, tokenizer, HELLO, stop_strings=["k"])
+    assert chat(model, tokenizer, HELLO, stop_strings=["k"]).finished
     assert model.settings[0] == {"stop_strings": ["k"], "tokenizer": tokenizer}
     # The ids that end a turn: the call's, else the checkpoint's, else the tokenizer's.
     end, other = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
@@ -110,6 +113,55 @@ def test_length_and_end_of_a_reply() -> None:
         assert (reply.finished, reply.text) == (True, "ok")
     model = Script(tokenizer, "ok<|im_end|>", eos_token_id=end)
     assert not chat(model, tokenizer, HELLO, max_new_tokens=length + 1, eos_token_id=None).finished
+
+
+@pytest.mark.parametrize(
+    ("said", "keywords", "finished"),
+    [
+        ("a whole sentence.", {"stop_strings": "."}, True),
+        ("a whole sentence.", {"stop_strings": ["\n", "ence."]}, True),
+        ("a. Then cut", {"stop_strings": ["."]}, False),
+        ("a whole sentence.", {}, False),
+        ("a whole sentence.<|im_end|>", {}, True),
+    ],
+)
+def test_finished_is_what_ended_by_itself(
+    said: str, keywords: dict[str, Any], finished: bool
+) -> None:
+    tokenizer = processor("qwen2")
+    assert chat(Script(tokenizer, said), tokenizer, HELLO, **keywords).finished is finished
+    model = Script(tokenizer, said, **keywords)  # from the checkpoint's own settings
+    assert chat(model, tokenizer, HELLO).finished is finished
+
+
+def test_a_reply_cut_by_the_context_is_not_finished() -> None:
+    """max_new_tokens of the checkpoint does not fit behind the prompt: generate cuts it."""
+    tokenizer = processor("qwen2")
+    prompt = encode_chat(tokenizer, HELLO)
+    config = {
+        **{"model_type": "qwen2", "vocab_size": len(tokenizer), "hidden_size": 32},
+        **{"intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4},
+        **{"num_key_value_heads": 2, "max_position_embeddings": len(prompt) + 5},
+        **{"eos_token_id": tokenizer.eos_token_id, "torch_dtype": "float32"},
+    }
+    model = exafuse.from_config(config, device="cpu")
+    model.generation_config = dataclasses.replace(model.generation_config, max_new_tokens=500)
+    options: dict[str, Any] = {"logits_processor": [Forced(tokenizer, "word " * 20, len(prompt))]}
+    reply = chat(model, tokenizer, HELLO, **options)
+    assert 0 < len(reply.ids) < 20
+    assert not reply.finished
+    options = {"logits_processor": [Forced(tokenizer, "a<|im_end|>", len(prompt))]}
+    assert chat(model, tokenizer, HELLO, **options).finished
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic"])
+def test_the_context_counts_what_rope_stretches(rope_type: str) -> None:
+    tokenizer = processor("qwen2")
+    prompt = len(encode_chat(tokenizer, HELLO))
+    rope = RopeConfig(rope_type=rope_type, factor=4.0)
+    model = Script(tokenizer, "ok", context=prompt, rope=rope)
+    chat(model, tokenizer, HELLO)
+    assert model.settings[0] == {"max_new_tokens": 3 * prompt}
 
 
 def test_tools_need_a_template_that_declares_them(tmp_path: Path) -> None:

@@ -115,10 +115,10 @@ def chat(
     new_ids: list[int] = sequences[0, len(prompt.ids) :].tolist()
 
     stops = _stop_ids(model, processor, settings)
-    limit = _setting(model, settings, "max_new_tokens")
-    if limit is None:
-        limit = _setting(model, settings, "max_length") - len(prompt.ids)
-    finished = len(new_ids) < limit or (bool(new_ids) and new_ids[-1] in stops)
+    strings = _setting(model, settings, "stop_strings")
+    finished = bool(new_ids) and (
+        new_ids[-1] in stops or _ends_with(strings, processor, prompt.ids, new_ids)
+    )
     said = new_ids
     while said and said[-1] in stops:
         said = said[:-1]
@@ -143,11 +143,12 @@ def _preset(name: str | None) -> Preset:
 
 def _length(model: Any, settings: Mapping[str, Any], prompt_length: int) -> dict[str, int]:
     """``max_new_tokens``, if neither the call nor the checkpoint limits the reply."""
+    from exafuse.generation.settings import context_length
+
     names = ("max_new_tokens", "max_length")
     if any(_setting(model, settings, name) is not None for name in names):
         return {}
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    room = DEFAULT_MAX_NEW_TOKENS if context is None else max(context - prompt_length, 1)
+    room = max(context_length(model.config) - prompt_length, 1)
     return {"max_new_tokens": min(DEFAULT_MAX_NEW_TOKENS, room)}
 
 
@@ -156,6 +157,22 @@ def _stop_ids(model: Any, processor: Any, settings: Mapping[str, Any]) -> frozen
     if ids is None and settings.get("eos_token_id", ...) is not None:
         ids = processor.eos_token_id
     return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
+
+
+def _ends_with(
+    strings: str | Sequence[str] | None, processor: Any, prompt: Sequence[int], new: Sequence[int]
+) -> bool:
+    """Whether the last new token completed one of the strings, as ``generate`` judges it."""
+    if not strings:
+        return False
+    import numpy as np
+
+    from exafuse.generation.stopping import StopStrings
+
+    strings = (strings,) if isinstance(strings, str) else tuple(strings)
+    before = np.array([[*prompt, *new[:-1]]], dtype=np.int64)
+    completed = StopStrings(processor, strings, before).completed_by(np.array(new[-1:]))
+    return bool(completed[0])
 
 
 def _setting(model: Any, settings: Mapping[str, Any], name: str) -> Any:

@@ -31,7 +31,8 @@ class Reply:
     set, with an empty ``answer``, when the reply ended before the thought did. ``answer``: the rest
     without the tool calls. ``boxed``: the content of the last ``\\boxed{...}`` of the answer.
     ``malformed_tool_calls``: calls that could not be read; their text stays in ``answer``.
-    ``finished``: False if the length limit cut the reply off. ``ids``: the new token ids.
+    ``finished``: the reply ended by itself, with an end-of-turn id or a stop string; False if a
+    length limit or the end of the context cut it off. ``ids``: the new token ids.
     """
 
     text: str
