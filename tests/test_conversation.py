@@ -13,6 +13,8 @@ import termios
 import time
 
 import chat_tokenizers
+import exafuse
+import pytest
 from command_line import SOURCE, make_folder, run
 from exafuse.cli import commands as cli
 from exafuse.cli.conversation import Conversation
@@ -113,6 +115,33 @@ def test_a_conversation_that_got_too_long_can_be_reset(capsys):
     assert conversation.messages == []
     conversation.answer("Hello?")
     assert conversation.messages[-1]["content"] == "Here."
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        exafuse.DoesNotFitError("the cache needs 9 GiB"),
+        exafuse.BackendError("no GPU"),
+        RuntimeError("scores of rows [0]: expected finite ones"),
+        MemoryError("out of memory"),
+    ],
+)
+def test_a_failed_turn_keeps_the_conversation(capsys, monkeypatch, error):
+    conversation = scripted(chat_tokenizers.processor("qwen2"), "Seven.", "never", "Nine.")
+    conversation.answer("How many?")
+    before = list(conversation.messages)
+    assert len(before) == 2
+    with monkeypatch.context() as patch:
+
+        def failing(*_args, **_options):
+            raise error
+
+        patch.setattr(ScriptedModel, "next_logits", failing)
+        assert conversation.handle("And now?")
+    assert capsys.readouterr().err == f"exafuse: error: {error}\n"
+    assert conversation.messages == before
+    conversation.answer("Again?")
+    assert [message["content"] for message in conversation.messages[2:]] == ["Again?", "Nine."]
 
 
 def test_chat_needs_a_template(tmp_path, capsys):

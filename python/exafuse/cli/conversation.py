@@ -7,7 +7,7 @@ import sys
 from typing import Any, TextIO
 
 from exafuse.cli.terminal import AnswerPrinter, is_terminal, prefill_bar
-from exafuse.errors import TemplateError
+from exafuse.errors import ExafuseError
 
 HELP = """\
 /reset         forget the conversation (the system message stays)
@@ -109,7 +109,9 @@ class Conversation:
             )
         except KeyboardInterrupt:
             print("(stopped)")
-        except (TemplateError, ValueError) as error:  # for example a conversation that got too long
+        # A conversation that got too long, a cache that does not fit, scores that are not finite:
+        # none of them is a reason to lose the conversation so far.
+        except (ExafuseError, ValueError, RuntimeError, MemoryError) as error:
             print(f"exafuse: error: {error}", file=sys.stderr)
         # The thought is not kept: templates leave earlier ones out of the conversation.
         if printer.answer:
