@@ -156,14 +156,28 @@ def test_default_side_to_compare_with(folders, monkeypatch):
         raise InterruptedError
 
     monkeypatch.setattr(verify, "run_side", run)
-    for backend, expected in (
-        ("reference", "transformers"),
-        ("emulated", "reference"),
-        ("cuda", "reference"),
+    for backend, device, expected in (
+        ("reference", "cpu", "transformers"),
+        ("emulated", "cpu", "reference"),
+        ("cuda", "cuda", "reference"),
     ):
         with pytest.raises(InterruptedError):
-            compare(folders[LLAMA], backend=backend, device="cpu")
+            compare(folders[LLAMA], backend=backend, device=device)
         assert seen.pop() == expected
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"), [("cuda", "cpu"), ("emulated", "cuda"), ("emulated", "cuda:1")]
+)
+def test_a_backend_on_the_wrong_device_is_no_agreement(folders, backend, device):
+    """There the ops would take the reference: both sides the same, whatever the kernels do."""
+    words = f"backend='{backend}'.*device='{device}'"
+    with pytest.raises(ValueError, match=words):
+        compare(folders[LLAMA], backend=backend, device=device)
+    with pytest.raises(ValueError, match=words):
+        verify.verify(folders[LLAMA], backend=backend, device=torch.device(device))
+    with pytest.raises(ValueError, match=words):
+        next(verify.verify_tiny("llama", backend=backend, device=device))
 
 
 def test_in_half_precision_the_kernels_are_on_trial(folders, monkeypatch):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from exafuse.config import ModelConfig, load_config
 from exafuse.errors import TemplateError
+from exafuse.generation.settings import context_length
 from exafuse.verification.report import Report, compare_fp32, compare_half
 from exafuse.verification.sides import Trace, run_side
 from exafuse.weights.hub import resolve_folder
@@ -153,10 +154,11 @@ def random_ids(count: int, vocab_size: int, seed: int = 0) -> Tensor:
 def _check_lengths(num_prompt_tokens: int, tokens: int, config: ModelConfig) -> None:
     if tokens < 1:
         raise ValueError(f"tokens: expected at least 1, got {tokens}")
-    if num_prompt_tokens + tokens > config.max_position_embeddings:
+    context = context_length(config)
+    if num_prompt_tokens + tokens > context:
         raise ValueError(
             f"{num_prompt_tokens} prompt tokens and {tokens} more exceed the model's"
-            f" {config.max_position_embeddings} positions: shorten the prompt or lower --tokens"
+            f" {context} positions: shorten the prompt or lower --tokens"
         )
 
 
@@ -187,10 +189,18 @@ def _dtype_name(dtype: str | torch.dtype | None, config: ModelConfig) -> str:
 
 
 def _device(device: str | torch.device | None, backend: str) -> torch.device:
+    needed = {"cuda": "cuda", "emulated": "cpu"}.get(backend)
     if device is not None:
-        return torch.device(device)
-    if backend == "emulated":
-        return torch.device("cpu")
+        place = torch.device(device)
+        # Elsewhere the ops take the reference: it would be compared with itself, and agree.
+        if needed not in (None, place.type):
+            raise ValueError(
+                f"backend={backend!r}: runs on a {needed} device only, got device={str(place)!r};"
+                " leave the device out, or choose another backend"
+            )
+        return place
+    if needed is not None:
+        return torch.device(needed)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
