@@ -244,6 +244,7 @@ def generate_text(
 ) -> None:
     """Stream the continuation of ``prompt``, or the answer to it, to ``printer``."""
     from exafuse.cli.terminal import prefill_bar
+    from exafuse.generation.settings import context_length
 
     options = sampling_options(arguments)
     progress = prefill_bar(arguments.quiet)
@@ -271,7 +272,7 @@ def generate_text(
         raise ValueError("the prompt is empty: expected at least one token")
     limits = (options.get("max_new_tokens"), model.generation_config.max_new_tokens)
     if limits == (None, None):
-        room = model.config.max_position_embeddings - ids.shape[1]
+        room = context_length(model.config) - ids.shape[1]
         options["max_new_tokens"] = max(1, min(DEFAULT_MAX_NEW_TOKENS, room))
     model.generate(
         ids.to(model.device), streamer=printer, tokenizer=tokenizer, progress=progress, **options
