@@ -19,6 +19,9 @@
 #ifndef EXAFUSE_SOURCE_HASH
 #define EXAFUSE_SOURCE_HASH "unknown"
 #endif
+#ifndef EXAFUSE_KERNEL_HASHES
+#define EXAFUSE_KERNEL_HASHES ""
+#endif
 #ifndef EXAFUSE_CUDA_ARCHS
 #define EXAFUSE_CUDA_ARCHS ""
 #endif
@@ -34,8 +37,9 @@ namespace {
 // Which sources this binary was made of, for which GPUs, and by which compiler.
 py::dict build_info() {
   return py::dict("version"_a = EXAFUSE_VERSION, "source_hash"_a = EXAFUSE_SOURCE_HASH,
-                  "archs"_a = EXAFUSE_CUDA_ARCHS, "compiler"_a = EXAFUSE_CUDA_COMPILER,
-                  "cuda"_a = exafuse::kCudaVersion, "backend"_a = exafuse::kBackendName);
+                  "kernel_hashes"_a = EXAFUSE_KERNEL_HASHES, "archs"_a = EXAFUSE_CUDA_ARCHS,
+                  "compiler"_a = EXAFUSE_CUDA_COMPILER, "cuda"_a = exafuse::kCudaVersion,
+                  "backend"_a = exafuse::kBackendName);
 }
 
 }  // namespace

@@ -58,7 +58,8 @@ def test_the_stub_matches_the_module(extension: ModuleType) -> None:
 
 def test_build_info(extension: ModuleType) -> None:
     info = extension.build_info()
-    assert set(info) == {"version", "source_hash", "archs", "compiler", "cuda", "backend"}
+    names = {"version", "source_hash", "kernel_hashes", "archs", "compiler", "cuda", "backend"}
+    assert set(info) == names
     assert info["backend"] == ("emulated" if "emulated" in extension.__name__ else "cuda")
     assert extension.NotAPlainTensor.__mro__[1] is TypeError
 

@@ -94,7 +94,8 @@ def test_python_only_wheel_holds_the_package_and_nothing_else(tmp_path: Path) ->
     assert modules | {"exafuse/py.typed", "exafuse/benchmarks/__init__.py"} <= names
     for name in names:
         assert re.match(r"exafuse/|exafuse-[\d.]+\.dist-info/", name), name
-        assert not re.search(r"__pycache__|\.so$|benchmarks/results/|conftest", name), name
+        assert not re.search(r"__pycache__|\.so$|conftest", name), name
+        assert re.search(r"benchmarks/results/(?!.+/ledger\.json$)", name) is None, name
 
 
 def test_no_compiler_gives_a_python_only_wheel(tmp_path: Path) -> None:
@@ -269,6 +270,9 @@ def test_extension_is_built_from_these_sources() -> None:
     info = _C.build_info()
     assert info["version"] == PYPROJECT["project"]["version"]
     assert info["source_hash"] == hashlib.sha256(listing.encode()).hexdigest(), "run make install"
+    program = [sys.executable, str(ROOT / "cmake" / "kernel_hash.py")]
+    printed = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+    assert info["kernel_hashes"] == printed.strip()
 
 
 def find_cuobjdump() -> str:

@@ -13,6 +13,7 @@ class NotAPlainTensor(TypeError):
 class BuildInfo(TypedDict):
     version: str
     source_hash: str
+    kernel_hashes: str
     archs: str
     compiler: str
     cuda: int
