@@ -11,6 +11,7 @@ VENV ?= .venv
 MODEL ?= .cache/smollm2
 PYTEST_ARGS ?=
 MUTANTS ?= changed
+GPU_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -30,7 +31,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo demo-words test test-quick test-mutants test-full lint install emulator clean
+.PHONY: help demo demo-words test test-quick test-mutants test-full test-gpu lint install emulator clean
 
 help:
 	@echo "make demo          install, fetch a small real model, generate, verify"
@@ -38,6 +39,7 @@ help:
 	@echo "make test-quick    the fast part of it, under three minutes"
 	@echo "make test-mutants  wrong kernels must be noticed (MUTANTS=changed or all)"
 	@echo "make test-full     all mutants, ten times the cases, all architectures: by hand"
+	@echo "make test-gpu      the kernel tests on the GPU here, with its sanitizers; writes the ledger"
 	@echo "make lint          ruff, mypy, clang-format, house rules"
 	@echo "make clean         remove builds; .venv and the model in .cache stay"
 
@@ -140,6 +142,10 @@ test-full: test
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset release -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build --preset release
+
+# Resumes: what is green and unchanged is not run again. GPU_ARGS: --only KERNEL, --minutes N, ...
+test-gpu: $(STAMPS)/test
+	$(BIN)/python tests/gpu_ledger.py $(GPU_ARGS)
 
 lint: $(STAMPS)/test
 	$(BIN)/ruff check .
