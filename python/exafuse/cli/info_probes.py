@@ -10,7 +10,6 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import subprocess
@@ -19,7 +18,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-PACKAGE_FOLDER = Path(__file__).resolve().parent
+from exafuse.cli.info_ledger import UNVERIFIED, built_hashes, verdicts
+
+PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 LIBRARIES = (
     "torch",
     "transformers",
@@ -39,7 +40,6 @@ OPTIONAL_LIBRARIES = (
     "torchvision",
 )
 LOWEST = {"torch": (2, 10), "transformers": (5, 8)}
-UNVERIFIED = "compiled, not yet verified on a GPU"
 
 Probe = Callable[[], Any]
 
@@ -217,22 +217,10 @@ def _ledgers() -> list[Path]:
 
 
 def _verified() -> str | dict[str, str]:
-    files = _ledgers()
-    if not files:
-        build = _build_info()
-        return UNVERIFIED if _archs(build) else "no kernels compiled, nothing to verify"
-    current = _build_info().get("source_hash")
-    rows: dict[str, str] = {}
-    for file in files:
-        ledger = json.loads(file.read_text(encoding="utf-8"))
-        gpu = ledger.get("gpu", file.parent.name)
-        for kernel, entry in ledger.get("kernels", {}).items():
-            fresh = entry.get("source_hash") == current
-            counts = f"{entry.get('cases', '?')} cases, {entry.get('errors', '?')} errors"
-            text = f"verified on {gpu}: {counts}"
-            changed = f"changed since its last run on {gpu}"
-            rows[kernel] = "; ".join(filter(None, [rows.get(kernel), text if fresh else changed]))
-    return rows
+    build = _build_info()
+    if not _archs(build):
+        return "no kernels compiled, nothing to verify"
+    return verdicts(built_hashes(build), _ledgers()) or UNVERIFIED
 
 
 def _environment() -> dict[str, str]:
