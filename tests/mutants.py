@@ -87,8 +87,8 @@ def _judge(mutant: Mutant) -> Verdict | None:
     return _workshop.judge(mutant)
 
 
-def run(mutants: list[Mutant], jobs: int, limit_s: float) -> tuple[list[Verdict], int]:
-    """Verdicts, and how many mutants the time did not suffice for. Prints each as it comes."""
+def run(mutants: list[Mutant], jobs: int, deadline: float) -> tuple[list[Verdict], int]:
+    """Verdicts, and how many mutants were not begun by the deadline. Prints each as it comes."""
     for variant in mutation.variants_of(mutants):
         build.build(variant)
     baseline = mutation.run_tests(
@@ -99,7 +99,6 @@ def run(mutants: list[Mutant], jobs: int, limit_s: float) -> tuple[list[Verdict]
     if baseline is not None:
         sys.exit(f"the unchanged kernels fail {baseline} (see build/mutants.log): mend that first")
     verdicts, late = [], 0
-    deadline = time.monotonic() + limit_s
     context = multiprocessing.get_context("fork")
     with context.Pool(jobs, _start_worker, (deadline,)) as pool:
         for verdict in pool.imap_unordered(_judge, mutants):
@@ -139,7 +138,7 @@ def main() -> None:
         return
 
     start = time.monotonic()
-    verdicts, late = run(mutants, arguments.jobs, limit_s)
+    verdicts, late = run(mutants, arguments.jobs, start + limit_s)
     killed = sum(verdict.outcome == "killed" for verdict in verdicts)
     if arguments.all:
         write_record(verdicts)

@@ -22,6 +22,7 @@ TESTS = build.ROOT / "tests"
 KERNEL_TESTS = sorted(  # one file for each kernel source, named like it
     f"test_{source.stem}.py" for source in (build.ROOT / "csrc" / "kernels").rglob("*.cu")
 )
+CORNER_TESTS = "test_kernel_corners.py"
 # What else reaches lines of the kernel sources: their host functions.
 HOST_TESTS = ("test_bad_arguments.py", "test_bad_memory.py", "test_ops.py")
 MIN_CASES_ASAN = 200  # per test file
@@ -64,14 +65,14 @@ def count_cases(outcome: sanitizers.Outcome) -> int:
 
 @pytest.mark.parametrize("file", KERNEL_TESTS)
 def test_address_and_undefined_behaviour_sanitizers_find_nothing(file):
-    outcome = run_kernel_tests("asan", file)
+    outcome = run_kernel_tests("asan", file, CORNER_TESTS)
     assert outcome.reports == []
     assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr[-4000:]
     assert count_cases(outcome) >= MIN_CASES_ASAN
 
 
 def test_contracted_multiply_adds_stay_within_the_tolerances():
-    outcome = run_kernel_tests("fast", *KERNEL_TESTS)
+    outcome = run_kernel_tests("fast", *KERNEL_TESTS, CORNER_TESTS)
     assert outcome.returncode == 0, outcome.stdout[-4000:]
     assert count_cases(outcome) >= MIN_CASES_ASAN
 
@@ -107,7 +108,7 @@ def test_a_planted_race_fails_the_run():
 def test_the_kernel_tests_reach_the_lines_of_the_kernels(capsys):
     build.build("coverage")
     coverage.forget()
-    outcome = run_kernel_tests("coverage", *KERNEL_TESTS, *HOST_TESTS)
+    outcome = run_kernel_tests("coverage", *KERNEL_TESTS, CORNER_TESTS, *HOST_TESTS)
     assert outcome.returncode == 0, outcome.stdout[-4000:]
     files = coverage.measure()
     with capsys.disabled():

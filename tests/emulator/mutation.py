@@ -24,8 +24,9 @@ from emulator import build, sanitizers
 
 CSRC = build.ROOT / "csrc"
 TESTS = build.ROOT / "tests"
-# Host functions are checked by these, whatever the kernel.
+# Checks of arguments are tested by these, whatever the kernel.
 HOST_TESTS = ("test_bad_arguments.py", "test_bad_memory.py", "test_ops.py")
+CORNER_TESTS = "test_kernel_corners.py"
 VARIANT_OF_CHECK = {"plain": "plain", "asan": "asan", "tsan": "tsan"}
 TEST_LIMIT_S = 300
 
@@ -88,6 +89,7 @@ def tests_for(mutant: Mutant) -> list[str]:
     kernel_tests = [f"test_{Path(kernel).stem}.py" for kernel in kernels_with(mutant.file)]
     host_first = mutant.file.endswith(".h") or "check_" in mutant.find
     ordered = [*HOST_TESTS, *kernel_tests] if host_first else [*kernel_tests, *HOST_TESTS]
+    ordered.insert(0, CORNER_TESTS)  # the quickest
     return [str(TESTS / name) for name in ordered if (TESTS / name).exists()]
 
 

@@ -1,0 +1,64 @@
+"""The list of mutants fits the kernels, and its record says that nearly all of them are noticed."""
+
+from __future__ import annotations
+
+import mutants
+import pytest
+from emulator import build, mutation
+
+
+def test_every_mutant_is_a_valid_and_different_patch() -> None:
+    listed = mutants.read_list()
+    assert len({(mutant.file, mutant.name) for mutant in listed}) == len(listed)
+    assert len(listed) >= 80
+    for mutant in listed:
+        source = (build.ROOT / "csrc" / mutant.file).read_text()
+        assert mutation.apply(mutant, source) != source
+        assert mutant.check in mutation.VARIANT_OF_CHECK
+        assert mutation.kernels_with(mutant.file), f"{mutant.file} is in no kernel"
+
+
+def test_every_kernel_file_has_mutants() -> None:
+    kernels = {str(p.relative_to(mutation.CSRC)) for p in mutation.CSRC.glob("kernels/**/*.cu")}
+    assert kernels <= {mutant.file for mutant in mutants.read_list()}
+
+
+def test_the_record_counts_enough_killed_mutants(capsys: pytest.CaptureFixture[str]) -> None:
+    record = mutants.read_record()
+    listed = mutants.read_list()
+    assert record.keys() == {mutant.file for mutant in listed}
+    total = sum(entry["mutants"] for entry in record.values())
+    killed = sum(entry["killed"] for entry in record.values())
+    stale = mutants.changed_files(listed)
+    with capsys.disabled():
+        print(f"\nmutants: {killed} of {total} killed", end="")
+        print(f"; changed since: {', '.join(stale)}" if stale else "", end="")
+    assert killed >= mutants.MIN_KILLED * total
+
+
+@pytest.mark.parametrize(
+    ("find", "times"), [("ptx::griddep_wait();", 2), ("not in the file at all", 0)]
+)
+def test_a_patch_that_fits_no_or_two_places_is_refused(find: str, times: int) -> None:
+    text = "  ptx::griddep_wait();\n  ptx::griddep_wait();\n"
+    with pytest.raises(ValueError, match=f"found {times} times"):
+        mutation.apply(mutation.Mutant("a.cu", "name", find, ""), text)
+
+
+def test_the_hash_sees_code_and_headers_but_no_comments(monkeypatch, tmp_path) -> None:
+    (tmp_path / "common").mkdir()
+    kernel, header = tmp_path / "a.cu", tmp_path / "common" / "b.h"
+
+    def digest(kernel_text: str, header_text: str) -> str:
+        kernel.write_text(kernel_text)
+        header.write_text(header_text)
+        mutation.includes.cache_clear()
+        return mutation.source_hash("a.cu")
+
+    monkeypatch.setattr(mutation, "CSRC", tmp_path)
+    include = '#include "common/b.h"\n'
+    first = digest(include + "int x;  // one\n", "int y;\n")
+    assert digest(include + "int  x;\n\n/* two */", "int y;  // three\n") == first
+    assert digest(include + "int z;\n", "int y;\n") != first
+    assert digest(include + "int x;\n", "int z;\n") != first
+    mutation.includes.cache_clear()
