@@ -39,12 +39,16 @@ void rms_norm_add(Tensor x, Tensor residual, Tensor weight, Real eps, Tensor out
 // Per-head RMSNorm of q and k (no weight = no norm), then rotation of the pairs (i, i + head_dim /
 // 2) by the table rows `positions` (no cos = no rotation); nothing is rounded in between. v is
 // copied, or left alone without v_out.
-//   q            [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]   packed, then k and v
-//   absent or q         [num_tokens, num_heads * head_dim] k, v         [num_tokens, num_kv_heads *
-//   head_dim] q_weight, k_weight  [head_dim]              dtype of q, or fp32 cos, sin     [rows,
-//   head_dim / 2]           dtype of q, or fp32 positions    [num_tokens] int32             clamped
-//   to the table q_out        [num_tokens, num_heads, head_dim]      may be the q part of the input
-//   k_out, v_out [num_tokens, num_kv_heads, head_dim]   may be the k, v part of the input
+// clang-format off
+//   q                   [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]   packed, no k, v
+//   or q                [num_tokens, num_heads * head_dim]
+//      k, v             [num_tokens, num_kv_heads * head_dim]
+//   q_weight, k_weight  [head_dim]               dtype of q, or fp32
+//   cos, sin            [rows, head_dim / 2]     dtype of q, or fp32
+//   positions           [num_tokens] int32       clamped to the table
+//   q_out               [num_tokens, num_heads, head_dim]      may be the q part of the input
+//   k_out, v_out        [num_tokens, num_kv_heads, head_dim]   may be the k, v part of the input
+// clang-format on
 // head_dim a multiple of 8 up to 128.
 void qk_norm_rope(Tensor q, std::optional<Tensor> k, std::optional<Tensor> v, Count num_heads,
                   Count num_kv_heads, std::optional<Tensor> q_weight,
