@@ -58,6 +58,7 @@ PLAIN = {
     "bug rsqrt of a subnormal": "infinite",
     "bug fragment registers exchanged": "element 0 is",
     "bug ldmatrix without trans": "element 0 is",
+    "bug movmatrix left out": "movmatrix: row 0, column 1",
 }
 
 # Wrong kernels whose numbers may come out right, and the report of the sanitizer that sees them.

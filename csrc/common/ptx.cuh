@@ -361,6 +361,15 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t row, const uint32_t (
 #endif
 }
 
+// Transposes an 8x8 matrix of 16-bit elements between the registers of a warp: lane l gives
+// elements 2 * (l % 4) and 2 * (l % 4) + 1 of row l / 4, and receives those of the transposed
+// matrix.
+__device__ __forceinline__ uint32_t movmatrix_trans(uint32_t r) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(r));
+  return transposed;
+}
+
 // d = a * b + c for one warp: a is 16x16 row-major, b 16x8 column-major, c and d 16x8 fp32. T is
 // __nv_bfloat16 or __half. With g = lane / 4 and t = lane % 4: a[0] holds row g, columns 2t and 2t
 // + 1; a[1] row g + 8; a[2] and a[3] the same rows, columns + 8; b[0] rows 2t and 2t + 1 of column

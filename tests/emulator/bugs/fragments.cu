@@ -126,6 +126,40 @@ const Register m10("ok stmatrix x1 trans", check_stmatrix<1, true>);
 const Register m11("ok stmatrix x2 trans", check_stmatrix<2, true>);
 const Register m12("ok stmatrix x4 trans", check_stmatrix<4, true>);
 
+// --- movmatrix
+// ------------------------------------------------------------------------------------
+
+struct MoveParams {
+  const uint16_t* in;  // [8, 8]
+  uint16_t* out;       // [8, 8]: its transpose
+};
+
+// Fragments gathered and stored by rows; kWrong leaves the transposition out.
+template <bool kWrong>
+__global__ void movmatrix_kernel(const __grid_constant__ MoveParams p) {
+  const int place = 2 * static_cast<int>(threadIdx.x);  // row l / 4, column 2 * (l % 4)
+  const uint32_t word = p.in[place] | static_cast<uint32_t>(p.in[place + 1]) << 16;
+  const uint32_t moved = kWrong ? word : ptx::movmatrix_trans(word);
+  p.out[place] = static_cast<uint16_t>(moved);
+  p.out[place + 1] = static_cast<uint16_t>(moved >> 16);
+}
+
+template <bool kWrong>
+void check_movmatrix() {
+  const std::vector<uint16_t> in = numbered(kRows * kRows);
+  std::vector<uint16_t> out(kRows * kRows);
+  launch(movmatrix_kernel<kWrong>, one_block(kLanes), {in.data(), out.data()});
+  for (int row = 0; row < kRows; ++row) {
+    for (int column = 0; column < kRows; ++column) {
+      expect(out[row * kRows + column] == in[column * kRows + row],
+             "movmatrix: row " + std::to_string(row) + ", column " + std::to_string(column));
+    }
+  }
+}
+
+const Register v1("ok movmatrix trans", check_movmatrix<false>);
+const Register v2("bug movmatrix left out", check_movmatrix<true>);
+
 // --- mma
 // ------------------------------------------------------------------------------------------
 

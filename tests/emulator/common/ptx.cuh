@@ -362,6 +362,13 @@ inline void stmatrix_x4_trans(uint32_t row, const uint32_t (&r)[4],
   detail::stmatrix(emulator::Collective::kStmatrixTrans, row, r, site);
 }
 
+inline uint32_t movmatrix_trans(uint32_t r, const Site& site = Site::current()) {
+  emulator::MatrixLane lane{.num_matrices = 1};
+  lane.registers[0] = r;
+  emulator::collective(emulator::Collective::kMovmatrixTrans, kFullMask, &lane, site);
+  return lane.registers[0];
+}
+
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                   const float (&c)[4], const Site& site = Site::current()) {

@@ -193,10 +193,10 @@ void complete_vote(Collective operation, uint32_t mask, void* const* data) {
 
 const char* name_of(Collective operation) {
   static constexpr const char* kNames[] = {
-      "shfl",       "shfl_up",        "shfl_down",    "shfl_xor",    "any",
-      "all",        "ballot",         "match_any",    "reduce_add",  "reduce_min",
-      "reduce_min", "reduce_max",     "reduce_max",   "ldmatrix",    "ldmatrix_trans",
-      "stmatrix",   "stmatrix_trans", "mma_m16n8k16", "mma_m16n8k16"};
+      "shfl",       "shfl_up",        "shfl_down",       "shfl_xor",     "any",
+      "all",        "ballot",         "match_any",       "reduce_add",   "reduce_min",
+      "reduce_min", "reduce_max",     "reduce_max",      "ldmatrix",     "ldmatrix_trans",
+      "stmatrix",   "stmatrix_trans", "movmatrix_trans", "mma_m16n8k16", "mma_m16n8k16"};
   return kNames[static_cast<int>(operation)];
 }
 
@@ -207,7 +207,7 @@ void complete_collective(Collective operation, uint32_t mask, void* const* data)
     complete_vote(operation, mask, data);
   } else if (operation <= Collective::kReduceMaxUnsigned) {
     complete_reduction(operation, mask, data);
-  } else if (operation <= Collective::kStmatrixTrans) {
+  } else if (operation <= Collective::kMovmatrixTrans) {
     complete_matrix(operation, data);
   } else {
     complete_mma(operation, data);

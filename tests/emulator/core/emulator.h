@@ -49,6 +49,7 @@ enum class Collective : uint8_t {
   kLdmatrixTrans,
   kStmatrix,
   kStmatrixTrans,
+  kMovmatrixTrans,
   kMmaBf16,
   kMmaFp16,
 };
@@ -62,7 +63,7 @@ struct Exchange {
 };
 
 // ldmatrix: `row` is the 16-byte row this lane read for its warp, `registers` its share of the
-// fragments. stmatrix: the other way round.
+// fragments. stmatrix: the other way round. movmatrix: both, its rows being scratch.
 struct MatrixLane {
   int num_matrices = 0;
   uint32_t row[4] = {};

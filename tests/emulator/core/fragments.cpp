@@ -1,5 +1,5 @@
-// Matrix fragments of the tensor cores: ldmatrix, stmatrix and mma.m16n8k16, after the tables of
-// the PTX ISA. tests/emulator/bugs/selftest.cu holds them against plain loops.
+// Matrix fragments of the tensor cores: ldmatrix, stmatrix, movmatrix and mma.m16n8k16, after the
+// tables of the PTX ISA. tests/emulator/bugs/fragments.cu holds them against plain loops.
 #include <cstring>
 
 #include "core/state.h"
@@ -90,6 +90,11 @@ void multiply(void* const* data, float (*widen)(uint32_t, int)) {
 }  // namespace
 
 void complete_matrix(Collective operation, void* const* data) {
+  if (operation == Collective::kMovmatrixTrans) {  // as if by way of shared memory
+    complete_matrix(Collective::kStmatrix, data);
+    complete_matrix(Collective::kLdmatrixTrans, data);
+    return;
+  }
   const bool loads = operation == Collective::kLdmatrix || operation == Collective::kLdmatrixTrans;
   const bool trans =
       operation == Collective::kLdmatrixTrans || operation == Collective::kStmatrixTrans;
