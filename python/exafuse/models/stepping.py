@@ -1,0 +1,53 @@
+"""From packed tokens and a cache to what the layers need for them; the cache counts them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from exafuse.batch import Packing
+from exafuse.kv_cache import KVCache
+from exafuse.layers import Step
+
+
+def next_step(
+    cache: KVCache, packing: Packing, cos: Tensor, sin: Tensor, positions: Tensor | None = None
+) -> Step:
+    """The step in which every row of a cache goes on with the tokens of ``packing``.
+
+    The cache gets room for them and counts them; the layers write their keys and values.
+
+    Args:
+        cache: advanced by ``packing.lengths`` tokens.
+        packing: of this call's columns; at least one token in all.
+        cos, sin: fp32 ``[positions, head_dim / 2]``.
+        positions: int ``[num_tokens]`` for RoPE; None = each row goes on where it stopped,
+            counting real tokens.
+    """
+    device = cache.seqlens.device
+    cache.reserve(max(cache.lengths) + max(packing.lengths))
+    if packing.columns == 1 and packing.uniform:
+        rows, slots = None, cache.seqlens.long()
+        positions = cache.next_positions if positions is None else positions
+        cache.next_positions = positions + 1
+    else:
+        rows, offsets = packing.rows(device), packing.token_offsets(device)
+        slots = cache.seqlens.long()[rows] + offsets
+        if positions is None:
+            positions = cache.next_positions[rows] + offsets
+        after = positions[packing.last_tokens(device).clamp(min=0)] + 1
+        if not packing.uniform:
+            empty = torch.tensor([n == 0 for n in packing.lengths]).to(device)
+            after = torch.where(empty, cache.next_positions, after)
+        cache.next_positions = after
+    step = Step(
+        cos=cos,
+        sin=sin,
+        positions=positions.to(torch.int32),
+        cu_seqlens=None if packing.uniform else packing.cu_seqlens(device),
+        max_seqlen=max(packing.lengths),
+        cache=cache,
+        slot_mappings=cache.slot_mappings(slots, rows),
+    )
+    cache.advance(packing.lengths, packing.columns, packing.mask)
+    return step
