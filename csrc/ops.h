@@ -80,4 +80,77 @@ void apply_rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, Te
 //   out   [..., intermediate_size]   may be gate or up (or that half of the packed input)
 void silu_and_mul(Tensor gate, std::optional<Tensor> up, Tensor out);
 
+// Attention: out = softmax(q k^T * softmax_scale) v, each query over the keys that it sees. dtype
+// bf16 or fp16. Queries stand at the end of the keys: of n keys, query j of seqlen_q is at position
+// n - seqlen_q + j and sees the positions from window_left before to window_right behind it (-1 =
+// open; causal = 0 to the right). A query that sees nothing gives 0 and lse -inf. num_heads is a
+// multiple of num_kv_heads, head_dim a multiple of 8 up to 128. lse is the natural log of the sum
+// of the exponentials. No output overlaps any input.
+//   q, out  [batch, seqlen_q, num_heads, head_dim]
+//   k, v    [batch, seqlen_k, num_kv_heads, head_dim]
+//   lse     [batch, num_heads, seqlen_q] fp32, or absent
+void flash_attn_func(Tensor q, Tensor k, Tensor v, Real softmax_scale, Count window_left,
+                     Count window_right, Tensor out, std::optional<Tensor> lse);
+
+// The same for sequences of any lengths, packed one after the other.
+//   q, out        [total_q, num_heads, head_dim]
+//   k, v          [total_k, num_kv_heads, head_dim]
+//   cu_seqlens_q  [batch + 1] int32   first row of each sequence; numbers out of range are clamped
+//   cu_seqlens_k  [batch + 1] int32
+//   lse           [num_heads, total_q] fp32, or absent
+// max_seqlen_q: at least the longest sequence of queries; rows beyond it are not written.
+void flash_attn_varlen_func(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+                            Count max_seqlen_q, Real softmax_scale, Count window_left,
+                            Count window_right, Tensor out, std::optional<Tensor> lse);
+
+// The same over a cache. Position p of a row lives in slot p, in slot p % slots of a ring, or in
+// page block_table[b, p / slots]. Slots that no query sees may hold anything, NaN included.
+// clang-format off
+//   q, out            [batch, seqlen_q, num_heads, head_dim], or [total_q, num_heads, head_dim]
+//   k_cache, v_cache  [rows, slots, num_kv_heads, head_dim]   rows = batch, or as cache_batch_idx or
+//                                                             block_table say
+//   k, v              [batch, seqlen_new, num_kv_heads, head_dim]   written behind cache_seqlens
+//                                                                   first; beyond the end: dropped
+//   cache_seqlens     [batch] int32   tokens seen, without those of k and v; absent: all slots.
+//                                     Clamped to the slots unless ring; none = output 0
+//   cache_batch_idx   [batch] int32   row of each sequence, clamped
+//   cache_leftpad     [batch] int32   first position that exists
+//   block_table       [batch, max_pages] int32   pages, clamped; slots is a multiple of 128 then
+//   cu_seqlens_q      [batch + 1] int32   with packed q
+//   lse               [batch, num_heads, seqlen_q] or [num_heads, total_q] fp32, or absent
+//   workspace         [bytes / 4] fp32   flash_attn_with_kvcache_workspace(...) bytes of any
+//                                        contents; absent where that is 0
+// clang-format on
+// ring: slots >= window_left + seqlen_q, a multiple of 128. max_seqlen_q counts with packed q only.
+void flash_attn_with_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, std::optional<Tensor> k,
+                             std::optional<Tensor> v, std::optional<Tensor> cache_seqlens,
+                             std::optional<Tensor> cache_batch_idx,
+                             std::optional<Tensor> cache_leftpad, std::optional<Tensor> block_table,
+                             Real softmax_scale, Count window_left, Count window_right,
+                             std::optional<Tensor> cu_seqlens_q, Count max_seqlen_q, bool ring,
+                             std::optional<Tensor> workspace, Tensor out,
+                             std::optional<Tensor> lse);
+
+// Bytes of workspace that the call above needs; 0: none. key_capacity is slots, times max_pages of
+// a block_table; total_q is batch * seqlen_q where q is not packed.
+int64_t flash_attn_with_kvcache_workspace(int64_t total_q, int64_t max_seqlen_q, int64_t num_heads,
+                                          int64_t head_dim, int64_t key_capacity,
+                                          int64_t window_left);
+
+// Rotation of q and k by the row of the table that belongs to the token, rounded to the dtype, then
+// attention inside each segment without a mask. dtype bf16 or fp16.
+//   qkv         [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+//   cos, sin    [num_tokens, head_dim / 2] fp32
+//   cu_seqlens  [segments + 1] int32
+//   workspace   [bytes / 4] fp32   vision_attn_workspace(...) bytes of any contents; absent where
+//                                  that is 0
+//   out         [num_tokens, num_heads, head_dim]
+// max_seqlen: at least the longest segment; rows beyond it are not written.
+void vision_attn(Tensor qkv, Count num_heads, Count num_kv_heads, Tensor cos, Tensor sin,
+                 Tensor cu_seqlens, Count max_seqlen, Real softmax_scale,
+                 std::optional<Tensor> workspace, Tensor out);
+
+int64_t vision_attn_workspace(int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads,
+                              int64_t head_dim, int64_t max_seqlen);
+
 }  // namespace exafuse

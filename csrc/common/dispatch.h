@@ -51,6 +51,17 @@ void dispatch_value(const char* name, Value value, Body&& body) {
   }
 }
 
+// Ops take head dimensions that are multiples of 8 up to this.
+inline constexpr int kMaxHeadDim = 128;
+
+// Calls `body(ValueTag<tile>{})` with the narrowest compiled tile of columns that holds a head;
+// kernels fill the rest with zeros.
+template <class Body>
+void dispatch_head_dim(int head_dim, Body&& body) {
+  const int tile = head_dim <= 64 ? 64 : head_dim <= 96 ? 96 : kMaxHeadDim;
+  dispatch_value<64, 96, kMaxHeadDim>("head_dim", tile, body);
+}
+
 template <class Body>
 void dispatch_bool(bool value, Body&& body) {
   if (value) {

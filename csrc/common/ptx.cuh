@@ -185,6 +185,11 @@ __device__ __forceinline__ void store_word(void* address, Word word) {
   }
 }
 
+// 16 bytes to shared memory, at an address aligned to as much.
+__device__ __forceinline__ void store_shared(void* address, uint4 word) {
+  *static_cast<uint4*>(address) = word;
+}
+
 // --- arithmetic ---------------------------------------------------------------------------------
 
 // 2^x; relative error at most 2^-22, subnormal arguments and results kept.

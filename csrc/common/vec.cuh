@@ -108,6 +108,12 @@ class Vec {
     }
   }
 
+  // To shared memory, at a multiple of 16 bytes.
+  __device__ __forceinline__ void store_shared(T* address) const {
+    static_assert(kBytes == 16);
+    ptx::store_shared(address, uint4{units_[0], units_[1], units_[2], units_[3]});
+  }
+
  private:
   static constexpr int kPerUnit = 4 / static_cast<int>(sizeof(T));
   static constexpr int kUnits = (kCount + kPerUnit - 1) / kPerUnit;

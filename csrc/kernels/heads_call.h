@@ -8,11 +8,10 @@
 #include <string>
 
 #include "common/check.h"
+#include "common/dispatch.h"
 #include "common/tensor.h"
 
 namespace exafuse {
-
-inline constexpr int kMaxHeadDim = 128;
 
 // A part of a projection [num_tokens, heads * head_dim] as [num_tokens, heads, head_dim].
 class HeadsView {

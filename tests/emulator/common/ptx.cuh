@@ -185,6 +185,11 @@ void store_word(void* address, Word word, const Site& site = Site::current()) {
   *static_cast<Word*>(address) = word;
 }
 
+inline void store_shared(void* address, uint4 word, const Site& site = Site::current()) {
+  detail::check_access(address, sizeof(word), "a store", site);
+  *static_cast<uint4*>(address) = word;
+}
+
 // --- atomics
 // ----------------------------------------------------------------------------------------
 
