@@ -4,5 +4,6 @@ from exafuse.config.layer_plan import LayerPlan
 from exafuse.config.model import ModelConfig
 from exafuse.config.reading import load_config
 from exafuse.config.rope import RopeConfig
+from exafuse.config.vision import VisionConfig
 
-__all__ = ["LayerPlan", "ModelConfig", "RopeConfig", "load_config"]
+__all__ = ["LayerPlan", "ModelConfig", "RopeConfig", "VisionConfig", "load_config"]

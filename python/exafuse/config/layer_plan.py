@@ -93,7 +93,7 @@ def read_exaone_layers(
     ``layer_types`` is taken as it is. Without it ``sliding_window_pattern`` decides: n makes
     every n-th layer global, a string of L (sliding) and G (global) is repeated, and no window
     means that all layers are global. The last layer has no special rule. With ``may_be_longer``,
-    entries beyond ``num_layers`` belong to the multi-token prediction module and are cut off.
+    entries beyond ``num_layers`` belong to the multi-token prediction module and come last.
     """
     window = config.optional_integer("sliding_window", 4096, 1, MAX_POSITIONS)
     pattern = _read_pattern(config, has_window=window is not None)
@@ -148,4 +148,4 @@ def _read_layer_types(
             f"{num_layers} entries, one per layer (num_hidden_layers)",
             f"{len(given)}",
         )
-    return cast(tuple[LayerType, ...], given[:num_layers])
+    return cast(tuple[LayerType, ...], given)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal
 
-from exafuse.config.layer_plan import SLIDING, LayerPlan, LayerType, plan_layers
+from exafuse.config.layer_plan import FULL, SLIDING, LayerPlan, LayerType, plan_layers
 from exafuse.config.rope import RopeConfig
+from exafuse.config.vision import VisionConfig
 from exafuse.errors import ConfigError
 
 DType = Literal["bfloat16", "float16", "float32"]
@@ -18,17 +20,21 @@ _ARCHITECTURE: Final = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "exaone4": "Exaone4ForCausalLM",
+    "exaone4_5": "Exaone4_5_ForConditionalGeneration",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A causal language model of one of the supported families.
+    """A model of one of the supported families.
 
-    ``model_type`` "exaone4_5" stands for the text part of that model. ``sliding_window`` counts the
-    query itself and is None for a model without windows; ``layers`` has it in the form that the ops
-    take. ``eos_token_id`` is empty where the config names none. ``dtype`` is the file's, "float32"
-    if it names none.
+    For "exaone4_5" the fields describe the language model; ``vision`` is its tower, None for the
+    text part alone, and ``mtp_layer_types`` has an entry for every layer of the draft module, none
+    where the file does not speak of one (its weights may be there nevertheless).
+
+    ``sliding_window`` counts the query itself and is None for a model without windows; ``layers``
+    has it in the form that the ops take. ``eos_token_id`` is empty where the config names none.
+    ``dtype`` is the file's, "float32" if it names none.
     """
 
     model_type: ModelType
@@ -56,14 +62,30 @@ class ModelConfig:
     eos_token_id: tuple[int, ...]
     dtype: DType
     attention_dropout: float = 0.0  # inference never drops; training with it is refused
+    vision: VisionConfig | None = None
+    image_token_id: int | None = None  # stands in the text for one token of an image
+    video_token_id: int | None = None
+    mtp_layer_types: tuple[LayerType, ...] = ()
 
     @cached_property
     def layers(self) -> tuple[LayerPlan, ...]:
         """The plan of every layer: window, RoPE or NoPE, placement of the norms."""
         return plan_layers(self.model_type, self.layer_types, self.sliding_window)
 
+    @cached_property
+    def mtp_layers(self) -> tuple[LayerPlan, ...]:
+        """The plans of the draft module's layers, counted from 0."""
+        return plan_layers(self.model_type, self.mtp_layer_types, self.sliding_window)
+
+    def with_mtp_layers(self, number: int) -> ModelConfig:
+        """The same model with so many layers in its draft module; new ones slide if any layer
+        does."""
+        new = FULL if self.sliding_window is None else SLIDING
+        kinds = (*self.mtp_layer_types, *[new] * number)[:number]
+        return dataclasses.replace(self, mtp_layer_types=kinds)
+
     def num_parameters(self) -> int:
-        """Number of weights; a tied head is counted once."""
+        """Number of weights, tower and draft module included; a tied head is counted once."""
         hidden, width = self.hidden_size, self.intermediate_size
         q_rows = self.num_heads * self.head_dim
         qkv_rows = q_rows + 2 * self.num_kv_heads * self.head_dim
@@ -71,7 +93,12 @@ class ModelConfig:
         layer += self.qkv_bias * qkv_rows + self.o_bias * hidden
         layer += self.mlp_bias * (2 * width + hidden) + self.qk_norm * 2 * self.head_dim
         embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_layers * layer + hidden
+        total = embeddings + self.num_layers * layer + hidden
+        if self.vision is not None:
+            total += self.vision.num_parameters()
+        if self.mtp_layer_types:  # the layers, a projection of two hidden states to one, 3 norms
+            total += len(self.mtp_layer_types) * layer + 2 * hidden * hidden + 3 * hidden
+        return total
 
     def cache_bytes(
         self, batch_size: int, context: int, dtype_bytes: int, chunk: int = 2048
@@ -89,14 +116,36 @@ class ModelConfig:
         return 2 * batch_size * slots * self.num_kv_heads * self.head_dim * dtype_bytes
 
     def to_dict(self) -> dict[str, object]:
-        """A config.json of this model in the older layout, which transformers 4 and 5 both read."""
-        if self.model_type == "exaone4_5":
+        """A config.json of this model in the older layout, which transformers 4 and 5 both read.
+
+        Raises:
+            ConfigError: it is the text part of a larger model.
+        """
+        text = self._text_dict()
+        if self.model_type != "exaone4_5":
+            return {"architectures": [_ARCHITECTURE[self.model_type]], **text}
+        if self.vision is None:
             raise ConfigError(
                 "exaone4_5: expected a whole model to write, got its text part alone; "
                 "copy the checkpoint's own config.json"
             )
-        result: dict[str, object] = {
+        tied, dtype = text.pop("tie_word_embeddings"), text["torch_dtype"]
+        text["model_type"] = "exaone4"
+        if self.mtp_layer_types:
+            text["num_nextn_predict_layers"] = len(self.mtp_layer_types)
+        return {
             "architectures": [_ARCHITECTURE[self.model_type]],
+            "model_type": self.model_type,
+            "image_token_id": self.image_token_id,
+            "video_token_id": self.video_token_id,
+            "tie_word_embeddings": tied,
+            "torch_dtype": dtype,
+            "text_config": text,
+            "vision_config": self.vision.to_dict() | {"torch_dtype": dtype},
+        }
+
+    def _text_dict(self) -> dict[str, object]:
+        result: dict[str, object] = {
             "model_type": self.model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,

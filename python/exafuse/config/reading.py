@@ -8,6 +8,7 @@ module nobody reads a dict.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +19,24 @@ from exafuse.config.fields import REQUIRED, Fields
 from exafuse.config.keys import check_architectures, check_unimplemented, report_unread
 from exafuse.config.layer_plan import (
     LayerPlan,
+    LayerType,
     read_exaone_layers,
     read_llama_layers,
     read_qwen2_layers,
 )
+from exafuse.config.limits import (
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_HIDDEN,
+    MAX_INTERMEDIATE,
+    MAX_LAYERS,
+    MAX_PARAMETERS,
+    MAX_VOCAB,
+    MIN_EPS,
+)
 from exafuse.config.model import DType, ModelConfig, ModelType
 from exafuse.config.rope import MAX_POSITIONS, RopeConfig, read_rope
+from exafuse.config.vision import read_vision
 from exafuse.errors import ConfigError
 from exafuse.strict_json import read_json, shorten
 
@@ -31,15 +44,6 @@ __all__ = ["LayerPlan", "ModelConfig", "RopeConfig", "load_config"]
 
 # The largest released config.json has some 10 KB; parsed JSON takes up to 25 times its size.
 CONFIG_LIMIT_BYTES: Final = 2 * 2**20
-# Beyond any model of these families: a typing error or an attack, and no reason to allocate.
-_MAX_VOCAB: Final = 2**24
-_MAX_HIDDEN: Final = 2**20
-_MAX_INTERMEDIATE: Final = 2**24
-_MAX_LAYERS: Final = 2**14
-_MAX_HEADS: Final = 2**16
-_MAX_HEAD_DIM: Final = 2**14
-_MAX_PARAMETERS: Final = 2**42
-_MIN_EPS: Final = 1.1754943508222875e-38  # the smallest normal fp32
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def load_config(source: str | Path | Mapping[str, object]) -> ModelConfig:
     Raises:
         ConfigError: naming file and field, what was expected and what came.
 
-    For "exaone4_5" the result describes the text part: enough for its layer plan and its memory.
+    A file of "exaone4_5" without ``vision_config`` describes its text part alone.
     """
     values: object
     if isinstance(source, Mapping):
@@ -111,7 +115,8 @@ def _read_model_type(fields: Fields) -> ModelType:
 
 
 def _read_exaone4_5(fields: Fields) -> ModelConfig:
-    """The text part. Its fields are those of ``text_config``: copies beside it are never read."""
+    """Language model, vision tower, draft module. The fields of the first are those of
+    ``text_config``: copies beside it are never read."""
     text = fields.section("text_config")
     if text is None:
         raise fields.error("text_config", "an object (the language model)")
@@ -119,24 +124,54 @@ def _read_exaone4_5(fields: Fields) -> ModelConfig:
         raise text.error("model_type", "exaone4 or exaone4_5_text")
     check_unimplemented(text)
     config = _read_text_model(text, fields, "exaone4_5")
+    vision = fields.section("vision_config")
+    if vision is not None:
+        config = _with_vision(config, vision, fields)
+    config = config.with_mtp_layers(
+        _read_num_mtp_layers(fields, text, default=len(config.mtp_layer_types))
+    )
+    _check_size(text, config)
     report_unread(text, known=("architectures", "tie_word_embeddings"))
-    report_unread(fields, known=(*text.known(), "vision_config"))
+    report_unread(fields, known=text.known())
     return config
+
+
+def _with_vision(config: ModelConfig, vision: Fields, top: Fields) -> ModelConfig:
+    last = config.vocab_size - 1
+    image, video = top.integer("image_token_id", 67, 0, last), "video_token_id"
+    if image == top.integer(video, 68, 0, last):
+        raise top.error(video, f"another id than image_token_id ({image})")
+    return dataclasses.replace(
+        config,
+        vision=read_vision(vision, config.hidden_size),
+        image_token_id=image,
+        video_token_id=top.integer(video, 68, 0, last),
+    )
+
+
+def _read_num_mtp_layers(fields: Fields, text: Fields, default: int) -> int:
+    """Layers of the draft module; a file that does not say may have it nevertheless."""
+    for place in (text, fields):
+        for key in ("num_nextn_predict_layers", "_num_mtp_layers"):
+            if place.has(key):
+                return place.integer(key, REQUIRED, 0, MAX_LAYERS)
+    return default
 
 
 def _read_text_model(fields: Fields, top: Fields, model_type: ModelType) -> ModelConfig:
     """The decoder. ``top`` is the outermost object of the file, where dtype and tying live."""
     default = _DEFAULTS[model_type]
-    vocab_size = fields.integer("vocab_size", default.vocab_size, 1, _MAX_VOCAB)
-    num_layers = fields.integer("num_hidden_layers", default.num_layers, 1, _MAX_LAYERS)
-    hidden_size = fields.integer("hidden_size", default.hidden_size, 1, _MAX_HIDDEN)
-    num_heads = fields.integer("num_attention_heads", default.num_heads, 1, _MAX_HEADS)
+    vocab_size = fields.integer("vocab_size", default.vocab_size, 1, MAX_VOCAB)
+    num_layers = fields.integer("num_hidden_layers", default.num_layers, 1, MAX_LAYERS)
+    hidden_size = fields.integer("hidden_size", default.hidden_size, 1, MAX_HIDDEN)
+    num_heads = fields.integer("num_attention_heads", default.num_heads, 1, MAX_HEADS)
     head_dim = _read_head_dim(fields, hidden_size, num_heads)
     max_positions = fields.integer(
         "max_position_embeddings", default.max_position_embeddings, 1, MAX_POSITIONS
     )
 
     window: int | None = None
+    layer_types: tuple[LayerType, ...]
     if model_type == "llama":
         layer_types = read_llama_layers(fields, num_layers)
     elif model_type == "qwen2":
@@ -155,17 +190,18 @@ def _read_text_model(fields: Fields, top: Fields, model_type: ModelType) -> Mode
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=fields.integer(
-            "intermediate_size", default.intermediate_size, 1, _MAX_INTERMEDIATE
+            "intermediate_size", default.intermediate_size, 1, MAX_INTERMEDIATE
         ),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=_read_kv_heads(fields, default.num_kv_heads, num_heads),
         head_dim=head_dim,
         max_position_embeddings=max_positions,
-        rms_norm_eps=fields.number("rms_norm_eps", default.rms_norm_eps, _MIN_EPS, 1.0),
+        rms_norm_eps=fields.number("rms_norm_eps", default.rms_norm_eps, MIN_EPS, 1.0),
         tie_word_embeddings=top.boolean("tie_word_embeddings", False),
         sliding_window=window,
-        layer_types=layer_types,
+        layer_types=layer_types[:num_layers],
+        mtp_layer_types=layer_types[num_layers:],
         rope=read_rope(fields, head_dim, max_positions),
         qkv_bias=attention_bias or model_type == "qwen2",
         o_bias=attention_bias,
@@ -183,26 +219,30 @@ def _read_text_model(fields: Fields, top: Fields, model_type: ModelType) -> Mode
         dtype=_read_dtype(top, fields),
         attention_dropout=fields.optional_number("attention_dropout", 0.0, 1.0) or 0.0,
     )
-    if config.num_parameters() > _MAX_PARAMETERS:
+    _check_size(fields, config)
+    return config
+
+
+def _check_size(fields: Fields, config: ModelConfig) -> None:
+    if config.num_parameters() > MAX_PARAMETERS:
         raise ConfigError(
             f"{fields.file}: {fields.prefix}hidden_size, intermediate_size, num_hidden_layers, "
-            f"vocab_size: expected a model of at most {_MAX_PARAMETERS:,} parameters, "
+            f"vocab_size: expected a model of at most {MAX_PARAMETERS:,} parameters, "
             f"got {config.num_parameters():,}"
         )
-    return config
 
 
 def _read_head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
     """``head_dim``, or hidden_size / num_heads where it is absent or null. RoPE needs it even."""
     if fields.has("head_dim"):
-        head_dim = fields.integer("head_dim", REQUIRED, 1, _MAX_HEAD_DIM)
+        head_dim = fields.integer("head_dim", REQUIRED, 1, MAX_HEAD_DIM)
     elif hidden_size % num_heads == 0:
         head_dim = hidden_size // num_heads
     else:
         expected = f"a multiple of num_attention_heads ({num_heads}), or head_dim beside it"
         raise fields.error("hidden_size", expected, f"{hidden_size}")
-    if head_dim % 2 or head_dim > _MAX_HEAD_DIM:
-        expected = f"an even number up to {_MAX_HEAD_DIM:,} (RoPE rotates pairs)"
+    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
+        expected = f"an even number up to {MAX_HEAD_DIM:,} (RoPE rotates pairs)"
         raise fields.error("head_dim", expected, f"{head_dim}")
     return head_dim
 
@@ -210,7 +250,7 @@ def _read_head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
 def _read_kv_heads(fields: Fields, default: int | None, num_heads: int) -> int:
     """``num_key_value_heads``; null means one for every query head."""
     key = "num_key_value_heads"
-    num_kv_heads = fields.optional_integer(key, default, 1, _MAX_HEADS) or num_heads
+    num_kv_heads = fields.optional_integer(key, default, 1, MAX_HEADS) or num_heads
     if num_heads % num_kv_heads:
         expected = f"a divisor of num_attention_heads ({num_heads})"
         raise fields.error(key, expected, f"{num_kv_heads}")

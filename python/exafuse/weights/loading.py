@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +20,14 @@ from exafuse.errors import CheckpointError
 from exafuse.weights.checkpoint import Checkpoint
 from exafuse.weights.memory import check_fits
 from exafuse.weights.names import (
-    EMBEDDING,
     HEAD,
     MERGES,
+    Part,
     Slot,
     checkpoint_slots,
+    embedding_name,
     is_not_loaded,
+    parts_of,
     split_prefix,
     unmerged_state_dict,
 )
@@ -57,7 +59,8 @@ def load_weights(
 ) -> None:
     """Fill a model that was built on the meta device from a checkpoint folder, shard by shard.
 
-    The names must match exactly; only rotary tables and ``mtp.*`` may be left over. The memory used
+    The names must match exactly; only rotary tables, and ``mtp.*`` where the model has no such
+    module, may be left over. The memory used
     beyond the model's own is one chunk of a few MiB. A model is changed only when all is read.
 
     Args:
@@ -95,7 +98,7 @@ def load_weights(
     for name in names:
         _set_parameter(model, name, nn.Parameter(new[name], old[name].requires_grad))
     if tied:
-        _set_parameter(model, HEAD, model.get_parameter(EMBEDDING))
+        _set_parameter(model, HEAD, model.get_parameter(embedding_name(slots)))
 
 
 def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -113,7 +116,7 @@ def _match(
     checkpoint: Checkpoint, slots: Mapping[str, Slot], tie_word_embeddings: bool
 ) -> dict[str, TensorInfo]:
     """Slot name -> tensor of the checkpoint; raises unless names, shapes and dtypes all agree."""
-    found = {split_prefix(info.name)[1]: info for info in _renamed(checkpoint)}
+    found = _renamed(checkpoint, slots)
     missing = [name for name in slots if name not in found]
     if tie_word_embeddings and HEAD in missing:
         missing.remove(HEAD)
@@ -148,20 +151,25 @@ def _match(
     return {name: found[name] for name in slots if name in found}
 
 
-def _renamed(checkpoint: Checkpoint) -> list[TensorInfo]:
-    """The tensors to load; an error if the backbone is there under two prefixes."""
-    infos = [info for info in checkpoint.tensors.values() if not is_not_loaded(info.name)]
-    examples: dict[str, str] = {}
-    for info in infos:
-        prefix, _ = split_prefix(info.name)
-        if prefix is not None:
-            examples.setdefault(prefix, info.name)
-    if len(examples) > 1:
-        raise CheckpointError(
-            f"{checkpoint.folder}: expected one prefix for all tensors of the backbone, got "
-            f"{len(examples)}: {first_five(list(examples.values()))}"
-        )
-    return infos
+def _renamed(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, TensorInfo]:
+    """The model's name -> tensor to load; an error if a part is there under two prefixes."""
+    found: dict[str, TensorInfo] = {}
+    examples: dict[Part, dict[str, str]] = {}
+    parts = parts_of(names)
+    for info in checkpoint.tensors.values():
+        if is_not_loaded(info.name, names):
+            continue
+        part, prefix, name = split_prefix(info.name, parts)
+        if part is not None:
+            examples.setdefault(part, {}).setdefault(prefix, info.name)
+        found[name] = info
+    for prefixes in examples.values():
+        if len(prefixes) > 1:
+            raise CheckpointError(
+                f"{checkpoint.folder}: expected one prefix for all tensors of the backbone, got "
+                f"{len(prefixes)}: {first_five(list(prefixes.values()))}"
+            )
+    return found
 
 
 def _common_dtype(folder: Path, infos: Iterable[TensorInfo]) -> torch.dtype:
@@ -183,7 +191,7 @@ def _head_is_tied(
     """Whether the file holds no output head of its own, or one equal to the embedding."""
     if HEAD not in sources:
         return True
-    head, embedding = sources[HEAD], sources[EMBEDDING]
+    head, embedding = sources[HEAD], sources[embedding_name(sources)]
     with ExitStack() as stack:
         shards = {
             file: stack.enter_context(checkpoint.open_shard(file))

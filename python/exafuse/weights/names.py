@@ -7,6 +7,7 @@ matrix in the model (``MERGES``). Loading and saving both go by ``checkpoint_slo
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,26 +19,69 @@ MERGES: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 # A checkpoint may hold these without the model having a place for them: rotary tables that very old
 # Llama files carry (they are recomputed), and the draft module of EXAONE 4.5.
 _NOT_LOADED = ("*rotary_emb.inv_freq", "mtp.*")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model: how its names begin here, and (group 1) how they may begin in a file."""
+
+    prefix: str
+    pattern: re.Pattern[str]
+
+
+_BACKBONE = r"((?:embed_tokens|layers|norm)\..+)"
 # The backbone's names start with "model." in a causal LM, with "transformer." in a question
 # answering model and with nothing in a bare backbone.
-_BACKBONE = re.compile(r"(model\.|transformer\.|)((?:embed_tokens|layers|norm)\..+)", re.DOTALL)
+_TEXT = (Part("model.", re.compile(rf"(model\.|transformer\.|){_BACKBONE}", re.DOTALL)),)
+# With a vision tower there are today's names, those of older files, and a text model's own.
+_LANGUAGE = r"(model\.language_model\.|language_model\.model\.|language_model\.|model\.|)"
+_MULTIMODAL = (
+    Part("model.language_model.", re.compile(_LANGUAGE + _BACKBONE, re.DOTALL)),
+    Part("model.visual.", re.compile(r"(model\.visual\.|visual\.)(.+)", re.DOTALL)),
+    Part("", re.compile(r"(language_model\.|)(lm_head\..+)", re.DOTALL)),
+)
 
 
-def is_not_loaded(name: str) -> bool:
-    """Whether a checkpoint may hold this tensor although the model has no place for it."""
-    return any(fnmatchcase(name, pattern) for pattern in _NOT_LOADED)
+def embedding_name(names: Iterable[str]) -> str:
+    """The input embedding among a model's names."""
+    (name,) = (name for name in names if name.endswith("embed_tokens.weight"))
+    return name
 
 
-def split_prefix(name: str) -> tuple[str | None, str]:
-    """The backbone's prefix in a name (None outside the backbone) and the name in a causal LM."""
-    match = _BACKBONE.fullmatch(name)
-    return (match[1], f"model.{match[2]}") if match else (None, name)
+def parts_of(names: Iterable[str]) -> tuple[Part, ...]:
+    """The parts of the model that has these names."""
+    with_tower = any(name.startswith("model.visual.") for name in names)
+    return _MULTIMODAL if with_tower else _TEXT
+
+
+def is_not_loaded(name: str, names: Iterable[str] = ()) -> bool:
+    """Whether a checkpoint may hold this tensor although the model, which has these ``names``, has
+    no place for it."""
+    return any(
+        fnmatchcase(name, pattern) and not any(fnmatchcase(other, pattern) for other in names)
+        for pattern in _NOT_LOADED
+    )
+
+
+def num_mtp_layers(names: Iterable[str]) -> int:
+    """How many layers the draft module among a file's names has; 0 if there is none."""
+    found = (re.match(r"mtp\.layers\.(\d{1,4})\.", name) for name in names)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def split_prefix(name: str, parts: tuple[Part, ...] = _TEXT) -> tuple[Part | None, str, str]:
+    """Which part a name of a file belongs to (None: to none), how it begins there, and the model's
+    own name for it."""
+    for part in parts:
+        match = part.pattern.fullmatch(name)
+        if match:
+            return part, match[1], part.prefix + match[2]
+    return None, "", name
 
 
 @dataclass(frozen=True)

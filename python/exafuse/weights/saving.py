@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from exafuse.weights.checkpoint import INDEX_NAME, WEIGHTS_NAME
-from exafuse.weights.names import EMBEDDING, HEAD, unmerged_state_dict
+from exafuse.weights.names import HEAD, embedding_name, unmerged_state_dict
 from exafuse.weights.safetensors_file import CHUNK_BYTES, DTYPE_NAMES
 
 _OURS = re.compile(
@@ -40,7 +40,7 @@ def save_weights(model: nn.Module, folder: str | Path, max_shard_bytes: int = 5 
     for name, tensor in tensors.items():
         if tensor.is_meta or tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{name}: cannot be saved from {tensor.device} as {tensor.dtype}")
-    if HEAD in tensors and tensors[HEAD].is_set_to(tensors[EMBEDDING]):
+    if HEAD in tensors and tensors[HEAD].is_set_to(tensors[embedding_name(tensors)]):
         del tensors[HEAD]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
