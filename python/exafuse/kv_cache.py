@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from exafuse.cache_columns import Block, Mark, Ragged, first_columns, row_lengths
 from exafuse.config import ModelConfig
 from exafuse.rotary import RotaryState
 from exafuse.weights.memory import check_fits
@@ -31,26 +32,6 @@ class LayerCache:
     k: Tensor
     v: Tensor
     ring: bool
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Padded columns that were fed; ``mask`` says which cells were tokens, None = all of them."""
-
-    columns: int
-    mask: Tensor | None
-
-    def first(self, columns: int) -> _Block:
-        """The first so many columns of it."""
-        columns = min(max(columns, 0), self.columns)
-        return _Block(columns, None if self.mask is None else self.mask[:, :columns])
-
-    def lengths(self, rows: list[int]) -> list[int]:
-        """Tokens of each row."""
-        if self.mask is None:
-            return [self.columns] * len(rows)
-        counts: list[int] = self.mask.sum(1).tolist()
-        return counts
 
 
 class KVCache:
@@ -82,7 +63,7 @@ class KVCache:
         self.seen = 0
         self.next_positions = torch.zeros(batch_size, dtype=torch.int64, device=device)  # for RoPE
         self.num_positions = 0  # on the host: no row's next position is larger
-        self._blocks: list[_Block] = []
+        self._blocks: list[Block | Ragged] = []
         self._spoiled = False
         self.lengths = [0] * batch_size  # on the host
         self.seqlens = torch.zeros(
@@ -156,10 +137,11 @@ class KVCache:
             columns: of the padded input.
             mask: bool ``[batch, columns]`` on the CPU, where the tokens are; None = everywhere.
         """
-        if mask is None and self._blocks and self._blocks[-1].mask is None:
-            self._blocks[-1] = _Block(self._blocks[-1].columns + columns, None)
+        last = self._blocks[-1] if self._blocks else None
+        if mask is None and isinstance(last, Block) and last.mask is None:
+            self._blocks[-1] = Block(last.columns + columns, None)
         else:
-            self._blocks.append(_Block(columns, mask))
+            self._blocks.append(Block(columns, mask))
         uniform = len(set(new_lengths)) == 1
         step: int | Tensor = new_lengths[0]
         if not uniform:
@@ -186,20 +168,51 @@ class KVCache:
         """
         if not 0 <= length <= self.seen:
             raise ValueError(f"length: expected 0 to {self.seen}, got {length}")
-        lengths, blocks, start = [0] * self.batch_size, [], 0
-        for block in self._blocks:
-            kept = block.first(length - start)
-            if kept.columns:
-                blocks.append(kept)
-                lengths = [a + b for a, b in zip(lengths, kept.lengths(lengths), strict=True)]
-            start += block.columns
+        blocks = first_columns(self._blocks, length)
+        lengths = row_lengths(blocks, self.batch_size)
         problem = self._overwritten(lengths)
         if problem:
             raise ValueError(f"length: {problem}")
+        self._cut(lengths, blocks)
+
+    def mark(self) -> Mark:
+        """The present state, for :meth:`keep_after`."""
+        return Mark(self.seen, tuple(self.lengths), self.num_positions)
+
+    def keep_after(self, mark: Mark, tokens: list[int]) -> None:
+        """Forget what rows hold beyond their first ``tokens[r]`` tokens after a mark.
+
+        Rows may keep different numbers of tokens. From the mark on, padded columns then count from
+        each row's first token, as if every row had been padded at the right.
+
+        Raises:
+            ValueError: a row does not hold so many tokens, or a ring has already overwritten keys
+                that the shortened row would need.
+        """
+        lengths = [start + kept for start, kept in zip(mark.lengths, tokens, strict=True)]
+        for row, (kept, held) in enumerate(zip(lengths, self.lengths, strict=True)):
+            if not mark.lengths[row] <= kept <= held:
+                raise ValueError(
+                    f"tokens: expected 0 to {held - mark.lengths[row]} in row {row}, "
+                    f"got {tokens[row]}"
+                )
+        problem = self._overwritten(lengths)
+        if problem:
+            raise ValueError(f"tokens: {problem}")
+        blocks = first_columns(self._blocks, mark.columns)
+        if max(tokens):
+            uniform = len(set(tokens)) == 1
+            blocks.append(Block(tokens[0], None) if uniform else Ragged(tuple(tokens)))
+        self._cut(lengths, blocks)
+        self.num_positions = mark.num_positions + max(tokens)
+
+    def _cut(self, lengths: list[int], blocks: list[Block | Ragged]) -> None:
+        """Shorten the rows, which nothing forbids, to what ``blocks`` describe."""
         removed = [old - new for old, new in zip(self.lengths, lengths, strict=True)]
         device = self.seqlens.device
         self.next_positions = self.next_positions - torch.tensor(removed).to(device)
-        self.lengths, self.seen, self._blocks = lengths, length, blocks
+        self.lengths, self._blocks = lengths, blocks
+        self.seen = sum(block.columns for block in blocks)
         self.seqlens = torch.tensor(lengths, dtype=torch.int32).to(device)
         # An emptied row starts anew, whatever its slots once held.
         self.high_water = [h if n else 0 for h, n in zip(self.high_water, lengths, strict=True)]
