@@ -153,6 +153,7 @@ test-full: test
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset release -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build --preset release
+	EXAFUSE_COMPILED="$$(echo build/release/_C.*.so)" $(BIN)/python -m pytest tests/test_sass.py
 
 # Resumes: what is green and unchanged is not run again. GPU_ARGS: --only KERNEL, --minutes N, ...
 test-gpu: $(STAMPS)/test

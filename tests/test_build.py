@@ -273,38 +273,3 @@ def test_extension_is_built_from_these_sources() -> None:
     program = [sys.executable, str(ROOT / "cmake" / "kernel_hash.py")]
     printed = subprocess.run(program, capture_output=True, text=True, check=True).stdout
     assert info["kernel_hashes"] == printed.strip()
-
-
-def find_cuobjdump() -> str:
-    beside = [str(Path(folder, "nvidia", "cu13", "bin", "cuobjdump")) for folder in sys.path]
-    found = next((p for p in map(shutil.which, [*beside, "cuobjdump"]) if p), None)
-    return found or pytest.skip("cuobjdump is not installed: pip install '.[test]'")
-
-
-def test_kernels_use_no_local_memory() -> None:
-    """Spilled registers and indexed local arrays both live on the stack; ours must be empty."""
-    extension = built_extension()
-    report = subprocess.run(
-        [find_cuobjdump(), "--dump-resource-usage", extension],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    archs: dict[str, dict[str, tuple[int, ...]]] = {}
-    arch = function = ""
-    for line in report.splitlines():
-        if match := re.match(r"arch = (\w+)", line):
-            arch = match[1]
-        elif match := re.match(r"\s*Function (\S+):", line):
-            function = match[1]
-        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) .*\bLOCAL:(\d+)", line):
-            archs.setdefault(arch, {})[function] = tuple(map(int, match.groups()))
-    from exafuse import _C
-
-    listed = str(_C.build_info()["archs"])
-    wanted = [f"sm_{found}" for found in re.findall(r"(\d+a?)-real", listed)]
-    assert sorted(archs) == sorted(wanted)
-    for arch, kernels in archs.items():
-        costly = {name: cost for name, cost in kernels.items() if cost[1] or cost[2]}
-        assert costly == {}, f"{arch}: (registers, stack bytes, local bytes)"
-        print(f"{arch}: {len(kernels)} kernels, at most {max(kernels.values())[0]} registers")
