@@ -26,6 +26,20 @@ ATTENTION_TOLERANCE = {"bfloat16": 2.6e-3, "float16": 3.5e-4, "float32": 2.0e-6}
 SHORT_HEAD = 64
 SHORT_HEAD_FACTOR = 1.6
 
+_largest_errors: dict[str, float] = {}
+
+
+def largest_errors() -> dict[str, float]:
+    """By dtype, the largest error in ulps that any judge of this process has seen so far.
+
+    Of the correctly rounded value; for attention, ulps are those of the largest output of a case.
+    """
+    return dict(_largest_errors)
+
+
+def _note(dtype: str, ulps: float) -> None:
+    _largest_errors[dtype] = max(_largest_errors.get(dtype, 0.0), ulps)
+
 
 def _where(index: int, shape: tuple[int, ...]) -> str:
     return str(tuple(int(i) for i in np.unravel_index(index, shape))) if shape else "()"
@@ -119,6 +133,7 @@ def assert_close(
     ulp_size = np.maximum(np.abs(e), np.abs(rounded)) if ulp_of is None else np.asarray(ulp_of)
     spacing = np.broadcast_to(ulp(ulp_size, name), e.shape)
     noise = COMPUTE_NOISE[name] * size
+    _note(name, float((np.abs(a - rounded) / spacing).max()))
     _assert_elements(a, e, np.abs(a - rounded), spacing + noise, spacing, label)
     if correctly_rounded is not None:
         _assert_share_rounded(a, rounded, correctly_rounded, label)
@@ -245,4 +260,46 @@ def assert_attention_close(
             f"{label}: {int(wrong.sum())} of {wrong.size} rows exceed {limit:.3g}; worst row "
             f"{_where(worst, error.shape)}: {ratio.flat[worst]:.3g}, largest at column {column}: "
             f"got {_show(a[row][column])}, expected {_show(e[row][column])}"
+        )
+
+
+def assert_largest_error(
+    actual: object,
+    expected: npt.ArrayLike,
+    peer_error: float,
+    *,
+    dtype: str | None = None,
+    label: str = "output",
+) -> None:
+    """The largest error is at most that of another implementation in the same dtype, plus one ulp
+    of the largest expected value."""
+    name = dtype or dtype_name(actual)
+    a, e = to_float64(actual), np.asarray(expected, dtype=np.float64)
+    if a.size == 0:
+        return
+    error = np.abs(a - e)
+    spacing = float(ulp(np.abs(e).max(), name))
+    _note(name, float(error.max()) / spacing)
+    worst = int(np.argmax(error))
+    assert error.flat[worst] <= peer_error + spacing, (
+        f"{label}: largest error {error.flat[worst]:.3g} at {_where(worst, a.shape)} (got "
+        f"{_show(a.flat[worst])}, expected {_show(e.flat[worst])}), that of torch's attention is "
+        f"{peer_error:.3g}, one ulp {spacing:.3g}"
+    )
+
+
+def assert_lse_close(actual: object, expected: npt.ArrayLike, label: str = "lse") -> None:
+    """Logs of sums of exponentials, fp32: within 1e-5 + 1e-6 |lse|, -inf exactly."""
+    a, e = to_float64(actual), np.asarray(expected, dtype=np.float64)
+    assert_same_special_values(a, e, label)
+    with np.errstate(invalid="ignore"):
+        error = np.where(np.isfinite(e), np.abs(a - e), 0.0)
+        limit = 1e-5 + 1e-6 * np.where(np.isfinite(e), np.abs(e), 0.0)
+    wrong = ~(error <= limit)
+    if wrong.any():
+        worst = int(np.argmax(error / limit))
+        raise AssertionError(
+            f"{label}: {int(wrong.sum())} of {a.size} are off; worst at {_where(worst, a.shape)}: "
+            f"got {_show(a.flat[worst])}, expected {_show(e.flat[worst])}, error "
+            f"{error.flat[worst]:.3g}, allowed {limit.flat[worst]:.3g}"
         )
