@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,10 @@ from exafuse.generation.config import GenerationConfig
 from exafuse.generation.generate import generate
 from exafuse.kv_cache import KVCache
 from exafuse.layers import Step, resolve_backend
+from exafuse.models.mtp import MTPHead
 from exafuse.models.output import CausalLMOutput, causal_lm_loss, check_kept
+from exafuse.models.placeholders import Placeholders, VisionInputs
+from exafuse.models.stepping import next_step
 from exafuse.models.text_model import TextModel
 from exafuse.rotary import RotaryState, RotaryTable
 from exafuse.weights.saving import save_weights
@@ -29,18 +32,28 @@ Progress = Callable[[int, int], None]
 
 class CausalLM(nn.Module):
     """A Llama, Qwen2 or EXAONE 4 language model; made by ``from_pretrained`` or
-    ``from_config``."""
+    ``from_config``.
 
+    ``mtp`` is the draft module of a checkpoint that has one, else None.
+    """
+
+    has_vision = False
     generation_config: GenerationConfig
 
-    def __init__(self, config: ModelConfig, backend: ModuleType) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        backend: ModuleType,
+        trunk: Callable[[ModelConfig], nn.Module] = TextModel,
+    ) -> None:
         super().__init__()
         self.config = config
         self.backend = backend
-        self.model = TextModel(config)
+        self.model = trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = self.text.embed_tokens.weight
+        self.mtp = MTPHead(config) if config.mtp_layer_types else None
         self.rotary = RotaryTable(config.rope, config.head_dim, config.max_position_embeddings)
         self.prefill_chunk = PREFILL_CHUNK
         self.eval()
@@ -54,14 +67,20 @@ class CausalLM(nn.Module):
         self.backend = resolve_backend(state["backend"])
 
     @property
+    def text(self) -> TextModel:
+        """The language model's embedding, layers and final norm."""
+        assert isinstance(self.model, TextModel)
+        return self.model
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.embed_tokens.weight.device
+        return self.text.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights and of every hidden state."""
-        return self.model.embed_tokens.weight.dtype
+        return self.text.embed_tokens.weight.dtype
 
     def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
         """An empty cache for ``batch_size`` rows that grows when needed.
@@ -86,19 +105,45 @@ class CausalLM(nn.Module):
         cache: KVCache,
         attention_mask: Tensor | None = None,
         progress: Progress | None = None,
+        **vision: Tensor,
     ) -> Tensor:
         """Feed the next tokens of every row and score the one after them.
 
-        Positions count real tokens. Without ``attention_mask`` nothing waits for the device.
+        Arguments as for :meth:`next_hidden`.
+
+        Returns:
+            ``[batch, vocab_size]`` in the model's dtype, of each row's last token.
+        """
+        hidden = None
+        for packing, _, x in self.next_hidden(input_ids, cache, attention_mask, progress, **vision):
+            hidden = self._last(x, packing, hidden)
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    def next_hidden(
+        self,
+        input_ids: Tensor,
+        cache: KVCache,
+        attention_mask: Tensor | None = None,
+        progress: Progress | None = None,
+        **vision: Tensor,
+    ) -> Iterator[tuple[Packing, Tensor, Tensor]]:
+        """Feed the next tokens of every row, chunk by chunk.
+
+        Positions count real tokens. Without ``attention_mask`` and images nothing waits for the
+        device.
 
         Args:
             input_ids: int64 ``[batch, columns]``.
             cache: from :meth:`new_cache`; gets the new keys and values.
             attention_mask: ``[batch, columns]`` of these columns, 0 = padding.
             progress: called with (columns done, columns in all) after every prefill chunk.
+            vision: pixel_values, image_grid_thw, pixel_values_videos and video_grid_thw of the
+                images and videos whose placeholders are in ``input_ids``.
 
-        Returns:
-            ``[batch, vocab_size]`` in the model's dtype, of each row's last token.
+        Yields:
+            For each chunk: its packing; what entered the first layer and what left the final norm,
+            packed ``[num_tokens, hidden_size]``.
         """
         batch, columns = input_ids.shape
         self._check_cache(cache, batch)
@@ -109,21 +154,29 @@ class CausalLM(nn.Module):
             new = int(mask.sum(1).max())
             if new == 0:
                 raise ValueError("attention_mask: expected a token in some row, got padding only")
-        hidden = None
+        places = self._placeholders(input_ids, None, VisionInputs(**vision))
         with cache.transaction():
             cache.num_positions += new
             cos, sin = self.rotary(cache.num_positions, self.device, cache.rotary_state)
             for start in range(0, columns, cache.chunk):
-                stop = min(start + cache.chunk, columns)
-                part = None if mask is None else mask[:, start:stop]
-                packing = Packing.of(batch, stop - start, part, self.device)
-                embeds = self.model.embed_tokens(packing.pack(input_ids[:, start:stop]))
-                x = self._run(embeds, packing, cache, cos, sin, None)
-                hidden = self._last(x, packing, hidden)
+                span = slice(start, min(start + cache.chunk, columns))
+                part = None if mask is None else mask[:, span]
+                packing = Packing.of(batch, span.stop - start, part, self.device)
+                embeds = self.text.embed_tokens(packing.pack(input_ids[:, span]))
+                if places is not None:
+                    embeds = places.fill(embeds, packing.pack(places.index[:, span]))
+                yield packing, embeds, self._run(embeds, packing, cache, cos, sin, None)
                 if progress is not None:
-                    progress(stop, columns)
-        logits: Tensor = self.lm_head(hidden)
-        return logits
+                    progress(span.stop, columns)
+
+    def _placeholders(
+        self, input_ids: Tensor | None, embeds: Tensor | None, vision: VisionInputs
+    ) -> Placeholders | None:
+        """Features of images and videos, and their places in the ids or, without these, in
+        ``embeds``; None without images and videos."""
+        if given := vision.given():
+            raise ValueError(f"{', '.join(given)}: expected None, this model has no vision tower")
+        return None
 
     def _last(self, x: Tensor, packing: Packing, before: Tensor | None) -> Tensor | None:
         """Each row's last hidden state; a row without a token in this chunk keeps what it had."""
@@ -167,32 +220,8 @@ class CausalLM(nn.Module):
             if collect is not None:
                 collect += [embeds] * (self.config.num_layers + 1)
             return embeds
-        cache.reserve(max(cache.lengths) + max(packing.lengths))
-        if packing.columns == 1 and packing.uniform:
-            rows, slots = None, cache.seqlens.long()
-            positions = cache.next_positions if positions is None else positions
-            cache.next_positions = positions + 1
-        else:
-            rows, offsets = packing.rows(self.device), packing.token_offsets(self.device)
-            slots = cache.seqlens.long()[rows] + offsets
-            if positions is None:
-                positions = cache.next_positions[rows] + offsets
-            after = positions[packing.last_tokens(self.device).clamp(min=0)] + 1
-            if not packing.uniform:
-                empty = torch.tensor([n == 0 for n in packing.lengths]).to(self.device)
-                after = torch.where(empty, cache.next_positions, after)
-            cache.next_positions = after
-        step = Step(
-            cos=cos,
-            sin=sin,
-            positions=positions.to(torch.int32),
-            cu_seqlens=None if packing.uniform else packing.cu_seqlens(self.device),
-            max_seqlen=max(packing.lengths),
-            cache=cache,
-            slot_mappings=cache.slot_mappings(slots, rows),
-        )
-        cache.advance(packing.lengths, packing.columns, packing.mask)
-        hidden: Tensor = self.model(embeds, step, self.backend, collect)
+        step = next_step(cache, packing, cos, sin, positions)
+        hidden: Tensor = self.text(embeds, step, self.backend, collect)
         return hidden
 
     def forward(
@@ -208,10 +237,10 @@ class CausalLM(nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         return_dict: bool = True,
-        pixel_values: None = None,
-        image_grid_thw: None = None,
-        pixel_values_videos: None = None,
-        video_grid_thw: None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits of a padded batch, with transformers' arguments and output fields.
@@ -233,8 +262,9 @@ class CausalLM(nn.Module):
             output_hidden_states: also return the embeddings and every layer's output.
             output_attentions: attention weights are never formed; True is a ValueError.
             return_dict: False returns the plain tuple of the fields that are set.
-            pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw: these families
-                have no vision tower; anything but None is a ValueError.
+            pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw: images and videos
+                whose placeholders are in the input, as for ``get_image_features``; a ValueError in
+                a model without a vision tower. Placeholder ids without them are ordinary tokens.
             num_items_in_batch: divides the summed loss in place of the number of labels.
 
         Returns:
@@ -244,11 +274,11 @@ class CausalLM(nn.Module):
             raise ValueError(
                 "output_attentions: attention weights are never formed, expected False"
             )
-        if not all(
-            x is None for x in (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
-        ):
-            raise ValueError("pixel_values: expected None, this model has no vision tower")
         embeds, batch, columns = self._embed(input_ids, inputs_embeds)
+        vision = VisionInputs(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+        places = self._placeholders(input_ids, embeds, vision)
+        if places is not None:
+            embeds = places.fill(embeds, places.index)
         check_kept(logits_to_keep, labels, batch, columns)
         wants_grad = torch.is_grad_enabled() and (
             embeds.requires_grad or any(p.requires_grad for p in self.parameters())
@@ -300,7 +330,7 @@ class CausalLM(nn.Module):
             return inputs_embeds.to(self.dtype), shape[0], shape[1]
         assert input_ids is not None
         check_ids(input_ids, self.config.vocab_size)
-        return self.model.embed_tokens(input_ids), input_ids.shape[0], input_ids.shape[1]
+        return self.text.embed_tokens(input_ids), input_ids.shape[0], input_ids.shape[1]
 
     def _positions(
         self, position_ids: Tensor | None, batch: int, columns: int, cache: KVCache | None
@@ -386,7 +416,7 @@ class CausalLM(nn.Module):
         step = Step(
             cos, sin, packing.pack(positions).to(torch.int32), cu_seqlens, max_seqlen, None, {}
         )
-        x = self.model(packing.pack(embeds), step, self.backend, collect)
+        x = self.text(packing.pack(embeds), step, self.backend, collect)
         if collect is not None:
             collect[:] = [packing.pad(h) for h in collect]
         return packing.pad(x)

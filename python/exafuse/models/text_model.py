@@ -12,7 +12,12 @@ from exafuse.models.exaone4 import PostNormLayer
 from exafuse.models.llama import PreNormLayer
 
 # Qwen2 has Llama's layer: its biases and late windows are the config's business.
-LAYERS = {"llama": PreNormLayer, "qwen2": PreNormLayer, "exaone4": PostNormLayer}
+LAYERS = {
+    "llama": PreNormLayer,
+    "qwen2": PreNormLayer,
+    "exaone4": PostNormLayer,
+    "exaone4_5": PostNormLayer,
+}
 
 
 class TextModel(nn.Module):
