@@ -77,4 +77,8 @@ PYBIND11_MODULE(EXAFUSE_MODULE, m) {
   m.def("apply_rope", &exafuse::apply_rope, "q"_a, "k"_a, "cos"_a, "sin"_a, "positions"_a,
         "q_out"_a, "k_out"_a, no_gil);
   m.def("silu_and_mul", &exafuse::silu_and_mul, "gate"_a, "up"_a, "out"_a, no_gil);
+  m.def("vision_attn", &exafuse::vision_attn, "qkv"_a, "num_heads"_a, "num_kv_heads"_a, "cos"_a,
+        "sin"_a, "cu_seqlens"_a, "max_seqlen"_a, "softmax_scale"_a, "workspace"_a, "out"_a, no_gil);
+  m.def("vision_attn_workspace", &exafuse::vision_attn_workspace, "num_tokens"_a, "num_heads"_a,
+        "num_kv_heads"_a, "head_dim"_a, "max_seqlen"_a);
 }
