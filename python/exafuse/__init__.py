@@ -21,6 +21,7 @@ from exafuse.errors import (
 
 if TYPE_CHECKING:
     from exafuse import ops, reference
+    from exafuse.integrations.patching import patch, patched, unpatch
     from exafuse.models import from_config, from_pretrained
     from exafuse.ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
     from exafuse.text.chat import chat
@@ -38,7 +39,10 @@ _LAZY = {
     "from_pretrained": "exafuse.models",
     "load_processor": "exafuse.text.loading",
     "ops": "exafuse.ops",
+    "patch": "exafuse.integrations.patching",
+    "patched": "exafuse.integrations.patching",
     "reference": "exafuse.reference",
+    "unpatch": "exafuse.integrations.patching",
     "verify": "exafuse.verification.verify",
 }
 
@@ -58,7 +62,10 @@ __all__ = [
     "from_pretrained",
     "load_processor",
     "ops",
+    "patch",
+    "patched",
     "reference",
+    "unpatch",
     "verify",
 ]
 

@@ -1,0 +1,153 @@
+"""``exafuse.patch(model)``: our kernels inside the layers of a transformers model.
+
+Only the ``forward`` of layers of this one instance is replaced, and remembered. Parameters, module
+names and classes stay, so ``state_dict``, ``save_pretrained``, adapters, quantised linear layers,
+offloading hooks and tensor-parallel plans go on working; :func:`unpatch` gives the original back.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from exafuse.integrations import layers
+from exafuse.integrations.transformers import NAME, register
+from exafuse.layers import resolve_backend
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# By class name in transformers: families that only differ in names share a forward.
+_SHARED: dict[str, Callable[..., Any]] = {
+    "RMSNorm": layers.rms_norm,
+    "MLP": layers.mlp,
+    "Attention": layers.self_attention,
+    "RotaryEmbedding": layers.rotary_embedding,
+    "DecoderLayer": layers.pre_norm_layer,
+}
+_FAMILIES = ("Llama", "Qwen2", "Exaone4", "Exaone4_5_")
+FORWARDS: dict[str, Callable[..., Any]] = {
+    **{family + layer: _SHARED[layer] for family in _FAMILIES for layer in _SHARED},
+    "Exaone4DecoderLayer": layers.post_norm_layer,
+    "Exaone4_5_DecoderLayer": layers.post_norm_layer,
+    "Exaone4_5_VisionAttention": layers.vision_attention,
+    "Exaone4_5_VisionBlock": layers.vision_block,
+    "Exaone4_5_VisionModel": layers.vision_tower,
+}
+
+_STATE = "_exafuse_patch"  # on the patched model: how to undo it
+
+
+def patch(model: Model, backend: str = "auto") -> Model:
+    """Run the layers of a transformers model on our kernels, in place.
+
+    Llama, Qwen2, EXAONE 4 and EXAONE 4.5: norms, QK-norm with RoPE, attention over whatever cache
+    the model uses, the MLP's activation, and the vision tower's attention. Everything else of the
+    model stays as it is, its weights and its config too (but for the attention implementation,
+    which becomes ``"exafuse"`` until :func:`unpatch`).
+
+    Args:
+        model: a transformers model, or one wrapped around it (an adapter).
+        backend: ``"auto"`` (kernels on a GPU, plain PyTorch elsewhere), ``"cuda"``,
+            ``"reference"`` or ``"emulated"``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model is patched already, or has no layer that we know.
+    """
+    if hasattr(model, _STATE):
+        raise ValueError("model: is patched already; call exafuse.unpatch(model) first")
+    targets = [(module, FORWARDS[name]) for module, name in _known_layers(model)]
+    if not targets:
+        raise ValueError(
+            f"model: expected a transformers model of Llama, Qwen2, EXAONE 4 or EXAONE 4.5, got "
+            f"{type(model).__name__} without any of their layers"
+        )
+    register()
+    ops = resolve_backend(backend)
+    configs = _attention_implementations(model)
+    undo = [(config, "_attn_implementation_internal", name) for config, name in configs]
+    for config, _ in configs:
+        config._attn_implementation_internal = NAME
+    for module, forward in targets:
+        # An offloading hook keeps the forward that it wraps under another name.
+        attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+        undo.append((module, attribute, module.__dict__.get(attribute, _ABSENT)))
+        setattr(module, attribute, types.MethodType(_method(forward, ops, type(module)), module))
+    setattr(model, _STATE, undo)
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Undo :func:`patch`: the model computes what it computed before, bit by bit.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    undo = getattr(model, _STATE, None)
+    if undo is None:
+        raise ValueError("model: expected one that exafuse.patch was called on")
+    for owner, attribute, value in reversed(undo):
+        if value is _ABSENT:
+            delattr(owner, attribute)
+        else:
+            setattr(owner, attribute, value)
+    delattr(model, _STATE)
+    return model
+
+
+@contextmanager
+def patched(model: Model, backend: str = "auto") -> Iterator[Model]:
+    """:func:`patch` for the length of a ``with`` block."""
+    patch(model, backend)
+    try:
+        yield model
+    finally:
+        unpatch(model)
+
+
+class _Absent:
+    """Stands for an attribute that was not there; one of it, also in copies of a model."""
+
+    def __deepcopy__(self, memo: object) -> _Absent:
+        return self
+
+
+_ABSENT = _Absent()
+
+
+def _known_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Layers of transformers' own classes that have a forward here."""
+    for module in model.modules():
+        cls = type(module)
+        if cls.__name__ in FORWARDS and cls.__module__.startswith("transformers.models."):
+            yield module, cls.__name__
+
+
+def _attention_implementations(model: nn.Module) -> list[tuple[Any, str]]:
+    """Each config in the model, once, with the attention that it names."""
+    found: dict[int, tuple[Any, str]] = {}
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config, config._attn_implementation_internal
+    return list(found.values())
+
+
+def _method(
+    forward: Callable[..., Any], ops: ModuleType, cls: type[nn.Module]
+) -> Callable[..., Any]:
+    """``forward`` as a method, with the signature of the one that it replaces."""
+
+    @functools.wraps(cls.forward)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(ops, self, *args, **kwargs)
+
+    return method
