@@ -27,7 +27,14 @@ def _few_threads() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` are skipped with a reason where torch finds no GPU."""
+    """Tests marked ``gpu`` are skipped with a reason where torch finds no GPU.
+
+    EXAFUSE_TEST_SUBSET=mark: of files that mark some of their tests so, these alone are run.
+    """
+    subset = os.environ.get("EXAFUSE_TEST_SUBSET")
+    if subset:
+        files = {item.path for item in items if subset in item.keywords}
+        items[:] = [item for item in items if item.path not in files or subset in item.keywords]
     if torch.cuda.is_available():
         return
     for item in items:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kernel_tests import tests_of
+
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -70,15 +72,16 @@ def find_sanitizer() -> str | None:
     return next((p for p in map(shutil.which, ["compute-sanitizer", *places]) if p), None)
 
 
-def test_file(kernel: str) -> Path:
-    return TESTS / f"test_{Path(kernel).name}.py"
+def test_files(kernel: str) -> list[Path]:
+    """The kernel's tests, whether they exist or not."""
+    return [TESTS / name for name in tests_of(kernel)]
 
 
 def command_for(check: str, kernel: str, sanitizer: str | None) -> list[str]:
     """The command line of a check; tools need the path of compute-sanitizer."""
     options = ["-q", "-m", "gpu", "-o", "timeout=0"]
     options += ["-p", "no:cacheprovider", "-p", "gpu_selection"]
-    pytest = [sys.executable, "-m", "pytest", *options, str(test_file(kernel))]
+    pytest = [sys.executable, "-m", "pytest", *options, *map(str, test_files(kernel))]
     if check == "tests":
         return pytest
     assert sanitizer is not None

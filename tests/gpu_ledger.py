@@ -204,9 +204,9 @@ class Session:
 
     def check(self, kernel: str, check: str, left_s: float) -> dict[str, Any] | None:
         """The record of one check; None if it needs more than what is left of this run's time."""
-        file = gpu_checks.test_file(kernel)
-        if not file.exists():
-            return {"verdict": "failed", "why": f"there is no tests/{file.name}", "cases": 0}
+        for file in gpu_checks.test_files(kernel):
+            if not file.exists():
+                return {"verdict": "failed", "why": f"there is no tests/{file.name}", "cases": 0}
         if check != "tests" and self.sanitizer is None:
             return {"verdict": "absent", "why": "compute-sanitizer was not found"}
         command = gpu_checks.command_for(check, kernel, self.sanitizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import kernel_tests
 import mutants
 import pytest
 from emulator import build, mutation
@@ -16,6 +17,8 @@ def test_every_mutant_is_a_valid_and_different_patch() -> None:
         assert mutation.apply(mutant, source) != source
         assert mutant.check in mutation.VARIANT_OF_CHECK
         assert mutation.kernels_with(mutant.file), f"{mutant.file} is in no kernel"
+        if mutant.kernel:
+            assert mutant.kernel in mutation.kernels_with(mutant.file)
 
 
 def test_every_kernel_file_has_mutants() -> None:
@@ -45,20 +48,20 @@ def test_a_patch_that_fits_no_or_two_places_is_refused(find: str, times: int) ->
         mutation.apply(mutation.Mutant("a.cu", "name", find, ""), text)
 
 
-def test_the_hash_sees_code_and_headers_but_no_comments(monkeypatch, tmp_path) -> None:
-    (tmp_path / "common").mkdir()
-    kernel, header = tmp_path / "a.cu", tmp_path / "common" / "b.h"
+def test_a_common_header_is_judged_without_the_attention_kernels() -> None:
+    assert mutation.kernels_of(mutants.Mutant("common/check.h", "", "", "")) == [
+        "qk_norm_rope",
+        "rms_norm",
+        "silu_and_mul",
+    ]
+    named = mutants.Mutant("common/check.h", "", "", "", "plain", "attention/decode")
+    assert mutation.kernels_of(named) == ["attention/decode"]
 
-    def digest(kernel_text: str, header_text: str) -> str:
-        kernel.write_text(kernel_text)
-        header.write_text(header_text)
-        mutation.includes.cache_clear()
-        return mutation.source_hash("a.cu")
 
-    monkeypatch.setattr(mutation, "CSRC", tmp_path)
-    include = '#include "common/b.h"\n'
-    first = digest(include + "int x;  // one\n", "int y;\n")
-    assert digest(include + "int  x;\n\n/* two */", "int y;  // three\n") == first
-    assert digest(include + "int z;\n", "int y;\n") != first
-    assert digest(include + "int x;\n", "int z;\n") != first
-    mutation.includes.cache_clear()
+def test_every_kernel_source_has_test_files() -> None:
+    for kernel in kernel_tests.all_kernels():
+        for name in kernel_tests.tests_of(kernel):
+            assert (kernel_tests.TESTS / name).exists(), f"{kernel}: there is no tests/{name}"
+        exported = (mutation.CSRC / "bindings.cpp").read_text()
+        for op in kernel_tests.ops_of(kernel):
+            assert f'm.def("{op}"' in exported, f"{kernel}: there is no op {op}"

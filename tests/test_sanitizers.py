@@ -15,13 +15,12 @@ import pytest
 from case_counts import add_cases
 from emulator import build, coverage, sanitizers
 from emulator.control import SCHEDULES
+from kernel_tests import all_tests
 
 pytestmark = pytest.mark.emulated
 
 TESTS = build.ROOT / "tests"
-KERNEL_TESTS = sorted(  # one file for each kernel source, named like it
-    f"test_{source.stem}.py" for source in (build.ROOT / "csrc" / "kernels").rglob("*.cu")
-)
+KERNEL_TESTS = all_tests()
 CORNER_TESTS = "test_kernel_corners.py"
 # What else reaches lines of the kernel sources: their host functions.
 HOST_TESTS = ("test_bad_arguments.py", "test_bad_memory.py", "test_ops.py")
@@ -35,6 +34,7 @@ def run_kernel_tests(variant: str, *files: str) -> sanitizers.Outcome:
     build.build(variant)
     environment = sanitizers.environment(variant)
     environment["EXAFUSE_EMULATED_LIB"] = str(build.library(variant))
+    environment["EXAFUSE_TEST_SUBSET"] = "sanitized"
     environment.pop("PYTEST_ADDOPTS", None)
     command = [
         *sanitizers.prefix(variant),

@@ -1,12 +1,12 @@
 """Applies a defect to a copy of csrc/, builds the extension of it, and runs who must notice.
 
-Objects that a defect does not touch are taken from the finished build of the variant; only the
-kernels that include the changed file are compiled again, with the variant's own commands.
+Objects that a defect does not touch are taken from the finished build of the variant; only kernels
+that include the changed file are compiled again, with the variant's own commands. Who noticed a
+mutant the last time is asked first; then come the quick tests, then all that may notice.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,7 +20,13 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import kernel_tests
+
 from emulator import build, sanitizers
+
+sys.path.append(str(build.ROOT / "cmake"))
+
+import kernel_hash
 
 CSRC = build.ROOT / "csrc"
 TESTS = build.ROOT / "tests"
@@ -29,16 +35,22 @@ HOST_TESTS = ("test_bad_arguments.py", "test_bad_memory.py", "test_ops.py")
 CORNER_TESTS = "test_kernel_corners.py"
 VARIANT_OF_CHECK = {"plain": "plain", "asan": "asan", "tsan": "tsan"}
 TEST_LIMIT_S = 300
+LONG_LIMIT_S = 900  # for all tests of several kernels
 
 
 class Mutant(NamedTuple):
-    """One defect: `find` in `file` (below csrc/) becomes `replace`; `check` must notice."""
+    """One defect: `find` in `file` (below csrc/) becomes `replace`; `check` must notice.
+
+    Of a header that several kernels include, `kernel` ("attention/decode") may name the one that
+    is built and tested.
+    """
 
     file: str
     name: str
     find: str
     replace: str
     check: str = "plain"
+    kernel: str = ""
 
 
 class Verdict(NamedTuple):
@@ -59,45 +71,52 @@ def apply(mutant: Mutant, text: str) -> str:
     return pattern.sub(lambda _: mutant.replace, text)
 
 
-@cache
-def includes(file: str) -> frozenset[str]:
-    """The files below csrc/ that a source file includes, directly or not, itself among them."""
-    closure = {file}
-    for name in re.findall(r'^#include "([^"]+)"', (CSRC / file).read_text(), re.MULTILINE):
-        if (CSRC / name).exists():
-            closure |= includes(name)
-    return frozenset(closure)
-
-
 def source_hash(file: str) -> str:
-    """Hash of a source file and all headers it includes, without comments and white space."""
-    digest = hashlib.sha256()
-    for name in sorted(includes(file)):
-        code = re.sub(r"//[^\n]*|/\*.*?\*/", " ", (CSRC / name).read_text(), flags=re.DOTALL)
-        digest.update(f"{name}\n{' '.join(code.split())}\n".encode())
-    return digest.hexdigest()
+    """Hash of a source file below csrc/ and all headers it includes; see kernel_hash.py."""
+    return kernel_hash.source_hash(file, CSRC)
 
 
+@cache
 def kernels_with(file: str) -> list[str]:
-    """The kernel sources below csrc/ that are the file, or include it."""
-    kernels = sorted(str(path.relative_to(CSRC)) for path in CSRC.glob("kernels/**/*.cu"))
-    return [kernel for kernel in kernels if file in includes(kernel)]
+    """The kernels (paths below csrc/kernels without `.cu`) that are the file, or include it."""
+    sources = {path.relative_to(CSRC).as_posix() for path in CSRC.glob("kernels/**/*.cu")}
+    found = [name for name in sources if file in kernel_hash.includes(name, CSRC)]
+    return sorted(name.removeprefix("kernels/").removesuffix(".cu") for name in found)
+
+
+def kernels_of(mutant: Mutant) -> list[str]:
+    """The kernels that a mutant is built into.
+
+    The attention kernels take long to compile and test: a header that others include as well is
+    judged by the others.
+    """
+    if mutant.kernel:
+        return [mutant.kernel]
+    kernels = kernels_with(mutant.file)
+    quick = [kernel for kernel in kernels if not kernel.startswith("attention/")]
+    return quick or kernels
 
 
 def tests_for(mutant: Mutant) -> list[str]:
     """Test files that may notice a mutant, the likeliest first."""
-    kernel_tests = [f"test_{Path(kernel).stem}.py" for kernel in kernels_with(mutant.file)]
+    kernels = kernels_of(mutant)
+    kernel_files = dict.fromkeys(f for kernel in kernels for f in kernel_tests.tests_of(kernel))
     host_first = mutant.file.endswith(".h") or "check_" in mutant.find
-    ordered = [*HOST_TESTS, *kernel_tests] if host_first else [*kernel_tests, *HOST_TESTS]
-    ordered.insert(0, CORNER_TESTS)  # the quickest
+    ordered = [*HOST_TESTS, *kernel_files] if host_first else [*kernel_files, *HOST_TESTS]
+    if not all(kernel.startswith("attention/") for kernel in kernels):
+        ordered.insert(0, CORNER_TESTS)  # the quickest
     return [str(TESTS / name) for name in ordered if (TESTS / name).exists()]
 
 
 class Workshop:
-    """A folder with a copy of csrc/ in which one mutant after the other is built and judged."""
+    """A folder with a copy of csrc/ in which one mutant after the other is built and judged.
 
-    def __init__(self, folder: Path) -> None:
+    `killers` says which test noticed a mutant before, by file and name.
+    """
+
+    def __init__(self, folder: Path, killers: dict[tuple[str, str], str]) -> None:
         self.folder = folder
+        self.killers = killers
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(CSRC, folder / "csrc")
 
@@ -107,7 +126,7 @@ class Workshop:
         copy = self.folder / "csrc" / mutant.file
         try:
             copy.write_text(apply(mutant, (CSRC / mutant.file).read_text()))
-            library = self.compile(mutant.file, VARIANT_OF_CHECK[mutant.check])
+            library = self.compile(kernels_of(mutant), VARIANT_OF_CHECK[mutant.check])
         except (ValueError, subprocess.CalledProcessError) as error:
             output = getattr(error, "stderr", "") or str(error)
             return Verdict(mutant, "broken", output[:2000], time.monotonic() - start)
@@ -117,12 +136,14 @@ class Workshop:
         outcome = "survived" if by is None else "killed"
         return Verdict(mutant, outcome, by or "", time.monotonic() - start)
 
-    def compile(self, file: str, variant: str) -> Path:
-        """The extension with the kernels that include `file` compiled from the copy."""
+    def compile(self, kernels: list[str], variant: str) -> Path:
+        """The extension with these kernels compiled from the copy."""
         built = build.folder_of(variant)
         commands = json.loads((built / "compile_commands.json").read_text())
-        objects = []
-        changed = {str(CSRC / kernel) for kernel in kernels_with(file)}
+        # The new objects come first: of an inline function in several, the linker takes the first.
+        objects: list[str] = []
+        rebuilt = 0
+        changed = {str(CSRC / "kernels" / f"{kernel}.cu") for kernel in kernels}
         for command in commands:
             output = Path(command["directory"]) / command["output"]
             if "_honesty" in command["output"]:
@@ -139,7 +160,8 @@ class Workshop:
             words[words.index("-c") + 1] = str(source)
             words += ["-O1", "-w"]
             subprocess.run(words, check=True, capture_output=True, text=True)
-            objects.append(str(target))
+            objects.insert(rebuilt, str(target))
+            rebuilt += 1
         library = self.folder / variant / "_C_emulated.so"
         library.parent.mkdir(exist_ok=True)
         flags = {"asan": ["-fsanitize=address,undefined"], "tsan": ["-fsanitize=thread"]}
@@ -150,15 +172,25 @@ class Workshop:
     def check(self, mutant: Mutant, library: Path) -> str | None:
         """What noticed the defect, or None."""
         if mutant.check == "tsan":
-            return self._race_cases(library)
+            return self._race_cases(mutant, library)
         if mutant.check == "asan":
             return self._tests_under_asan(mutant, library)
-        return run_tests(tests_for(mutant), library, self.folder / "tests.log")
+        log = self.folder / "tests.log"
+        killer = self.killers.get((mutant.file, mutant.name))
+        if killer and (by := run_tests([killer], library, log)):
+            return by
+        tests = tests_for(mutant)
+        by = run_tests(tests, library, log, subset=True)
+        if by is None and any("mark.sanitized" in Path(test).read_text() for test in tests):
+            by = run_tests(tests, library, log, limit_s=LONG_LIMIT_S)
+        return by
 
-    def _race_cases(self, library: Path) -> str | None:
+    def _race_cases(self, mutant: Mutant, library: Path) -> str | None:
         environment = sanitizers.environment("tsan")
         environment["PYTHONPATH"] = f"{library.parent}{os.pathsep}{environment['PYTHONPATH']}"
         program = [str(TESTS / "emulator" / "race_cases.py"), "--cases", "40"]
+        for op in dict.fromkeys(op for k in kernels_of(mutant) for op in kernel_tests.ops_of(k)):
+            program += ["--op", op]
         done = subprocess.run(
             [*sanitizers.prefix("tsan"), sys.executable, *program, "--schedule", "random"],
             env=environment,
@@ -172,6 +204,7 @@ class Workshop:
     def _tests_under_asan(self, mutant: Mutant, library: Path) -> str | None:
         environment = sanitizers.environment("asan")
         environment["EXAFUSE_EMULATED_LIB"] = str(library)
+        environment["EXAFUSE_TEST_SUBSET"] = "sanitized"
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *_pytest_arguments(), *tests_for(mutant)],
             env=environment,
@@ -188,10 +221,13 @@ def _pytest_arguments() -> list[str]:
     return ["-x", "-q", "-m", "not gpu", "-p", "no:cacheprovider", "--no-header"]
 
 
-def run_tests(tests: list[str], library: Path, log: Path) -> str | None:
+def run_tests(
+    tests: list[str], library: Path, log: Path, subset: bool = False, limit_s: int = TEST_LIMIT_S
+) -> str | None:
     """Runs pytest in a fork of this process, which has torch loaded; the test that failed, or None.
 
-    A crash or a run beyond the limit counts as noticed, too.
+    A crash or a run beyond the limit counts as noticed, too; tests that do not exist do not.
+    `subset`: of files that mark some of their tests as `sanitized`, these alone.
     """
     import pytest
     import torch
@@ -200,12 +236,13 @@ def run_tests(tests: list[str], library: Path, log: Path) -> str | None:
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(TEST_LIMIT_S)
+        signal.alarm(limit_s)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.chdir(build.ROOT)
         os.environ["EXAFUSE_EMULATED_LIB"] = str(library)
+        os.environ["EXAFUSE_TEST_SUBSET"] = "sanitized" if subset else ""
         sys.path[:0] = [str(TESTS), str(build.ROOT / "python")]
         code = 3
         try:
@@ -217,7 +254,7 @@ def run_tests(tests: list[str], library: Path, log: Path) -> str | None:
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         return "the time limit" if number == signal.SIGALRM else f"signal {number}"
-    if os.WEXITSTATUS(status) == 0:
+    if os.WEXITSTATUS(status) in (0, 4, 5):  # passed; no such test; none selected
         return None
     found = re.search(r"^(?:FAILED|ERROR) (\S+)", log.read_text(), re.MULTILINE)
     return found[1] if found else f"pytest, exit status {os.WEXITSTATUS(status)}"

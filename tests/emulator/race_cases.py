@@ -1,8 +1,8 @@
 """Random calls of every op on numpy arrays, judged against the oracles, for ThreadSanitizer.
 
-``race_cases.py [--cases N] [--schedule S] [--plant]`` prints "<op>: <cases>" for each op. The
-sanitizer adds its reports and its exit status; ``--plant`` adds a kernel with a race, which must
-change both.
+``race_cases.py [--op OP] [--cases N] [--schedule S] [--plant]`` prints "<op>: <cases>" for each op,
+or those asked for. The sanitizer adds its reports and its exit status; ``--plant`` adds a kernel
+with a race, which must change both.
 """
 
 from __future__ import annotations
@@ -192,12 +192,15 @@ OPS: dict[str, Callable[[Cases], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", choices=OPS, action="append", help="default: every op")
     parser.add_argument("--cases", type=int, default=24, help="per op")
     parser.add_argument("--schedule", choices=SCHEDULES, default="forward")
     parser.add_argument("--plant", action="store_true", help="run a kernel with a race as well")
     arguments = parser.parse_args()
     Emulator(Path(C.__file__)).set("schedule", arguments.schedule)
     for number, (op, run) in enumerate(OPS.items()):
+        if arguments.op and op not in arguments.op:
+            continue
         for i in range(arguments.cases):
             run(Cases(1000 * number + i))
         print(f"{op}: {arguments.cases}", flush=True)
