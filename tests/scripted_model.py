@@ -26,7 +26,10 @@ class ScriptedModel:
         device: str = "cpu",
     ):
         self.config = SimpleNamespace(
-            vocab_size=vocab_size, max_position_embeddings=context, rope=RopeConfig()
+            model_type="scripted",
+            vocab_size=vocab_size,
+            max_position_embeddings=context,
+            rope=RopeConfig(),
         )
         self.device = torch.device(device)
         self.generation_config = generation_config or GenerationConfig()

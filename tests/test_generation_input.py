@@ -219,10 +219,12 @@ def test_numbers_of_other_libraries_are_numbers() -> None:
     assert out.shape == (1, 3)
 
 
-@pytest.mark.parametrize("draft", ["mtp", "prompt_lookup", "guess"])
-def test_drafting_is_not_available(draft: str) -> None:
-    with pytest.raises(ValueError, match=f"draft: expected None, no kind .* got '{draft}'"):
-        ScriptedModel([[1]]).generate([1], draft=draft)
+def test_kinds_of_drafting() -> None:
+    model = ScriptedModel([[1]])
+    with pytest.raises(ValueError, match="draft: expected None, 'mtp' or 'prompt_lookup', got 'g'"):
+        model.generate([1], draft="g")
+    with pytest.raises(ValueError, match=r"'mtp' needs .*head.* has none; use draft='prompt_look"):
+        model.generate([1], draft="mtp")
 
 
 def test_other_refusals() -> None:
@@ -247,8 +249,15 @@ def test_other_refusals() -> None:
         model.generate([1], generation_config=TheirConfig(num_beams=4, typical_p=0.9))
     with pytest.raises(ValueError, match="max_length: expected more than the 3 tokens"):
         model.generate([1, 2, 3], max_length=3)
+    with pytest.raises(TypeError, match="pixel_values: given twice"):
+        model.generate({"input_ids": [1], "pixel_values": 1}, pixel_values=torch.ones(1))
+    with pytest.raises(TypeError, match=r"unexpected 'pixel_values' .this model has no vision"):
+        model.generate([1], pixel_values=torch.ones(1))
+    assert model.generate([1], pixel_values=None, max_new_tokens=1).shape == (1, 2)
     with pytest.raises(ValueError, match="num_draft_tokens: expected 1 or more, got 0"):
         model.generate([1], num_draft_tokens=0)
+    with pytest.raises(TypeError, match=r"num_draft_tokens: expected an int, got 2.0"):
+        model.generate([1], num_draft_tokens=2.0)
     with pytest.raises(ValueError, match="seed: expected an integer"):
         model.generate([1], do_sample=True, seed=-1)
     with pytest.raises(ValueError, match="stop_strings: expected the model's tokenizer"):

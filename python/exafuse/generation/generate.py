@@ -2,67 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from types import EllipsisType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from exafuse.config import ModelConfig
+from exafuse.generation.call import Call, GenerativeModel, Progress
 from exafuse.generation.config import GenerationConfig
-from exafuse.generation.prompts import Prompt, read_prompt, split_mapping
-from exafuse.generation.sampling import (
-    LogitsProcessor,
-    ScoreChain,
-    TokenDraw,
-    unusable_rows,
-)
-from exafuse.generation.settings import Settings, context_length, resolve, total_length
-from exafuse.generation.stopping import StopCheck, StoppingCriterion, StopStrings, Streamer, verdict
+from exafuse.generation.output import DraftStats, GenerateOutput
+from exafuse.generation.prompts import read_prompt, split_mapping
+from exafuse.generation.sampling import LogitsProcessor, TokenDraw, unusable_rows
+from exafuse.generation.settings import resolve
+from exafuse.generation.speculative import decode_with_drafts
+from exafuse.generation.stopping import StopCheck, StoppingCriterion, Streamer, verdict
 
-__all__ = ["GenerateOutput", "GenerationConfig", "generate"]
+__all__ = ["DraftStats", "GenerateOutput", "GenerationConfig", "generate"]
 
-Progress = Callable[[int, int], None]
-_RESERVED_TOKENS = 1024  # a growing cache is given room for this many new tokens at once
-
-
-class GenerativeModel(Protocol):
-    """What the loop needs of a model."""
-
-    config: ModelConfig
-    generation_config: GenerationConfig
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def new_cache(self, batch_size: int, max_length: int | None = None) -> Any: ...
-
-    def next_logits(
-        self,
-        input_ids: Tensor,
-        cache: Any,
-        attention_mask: Tensor | None = None,
-        progress: Progress | None = None,
-    ) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class GenerateOutput:
-    """What ``generate(return_dict_in_generate=True)`` returns.
-
-    Attributes:
-        sequences: int64 ``[batch, prompt + new]``.
-        scores: with ``output_scores``, final fp32 scores ``[batch, vocab_size]`` of each new token.
-        past_key_values: the cache; it holds all tokens but the last, which was never fed.
-        draft_stats: None, as nothing was drafted.
-    """
-
-    sequences: Tensor
-    scores: tuple[Tensor, ...] | None
-    past_key_values: Any
-    draft_stats: None = None
+MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
 @torch.no_grad()
@@ -122,9 +80,17 @@ def generate(
             that is thrown away: processors and criteria see it too.
         cache_implementation: None or "dynamic" lets the cache grow, "static" reserves it whole.
         seed: draw from a private generator with this seed; None draws from torch's global one.
-        draft, num_draft_tokens: drafting is not available; only None is taken.
-        return_dict_in_generate: return a :class:`GenerateOutput`, with scores if ``output_scores``.
+        draft: propose tokens ahead, so that one call of the model can bring several: "mtp" with the
+            head that EXAONE 4.5 checkpoints have for it, "prompt_lookup" with what followed the
+            same tokens earlier in the text. Greedy answers are the same up to rounding, drawn ones
+            have the same distribution (but other tokens for a seed). ``logits_processor`` and
+            ``stopping_criteria`` then go with a single row only.
+        num_draft_tokens: proposed in a step at most.
+        return_dict_in_generate: return a :class:`GenerateOutput`, with scores if ``output_scores``
+            and figures of the drafting.
         progress: called with (tokens done, tokens in all) while the prompt is read.
+        model_inputs: ``pixel_values``, ``image_grid_thw``, ``pixel_values_videos`` and
+            ``video_grid_thw`` of a multimodal model; they go with the prompt and are not repeated.
 
     Returns:
         int64 ``[batch, prompt + new]`` on the model's device, as long as the last row to finish.
@@ -138,7 +104,10 @@ def generate(
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
         raise TypeError(f"streamer: expected methods put and end, got {type(streamer).__name__}")
     try:
-        _check_draft(draft, num_draft_tokens)
+        if isinstance(num_draft_tokens, bool) or not isinstance(num_draft_tokens, int):
+            raise TypeError(f"num_draft_tokens: expected an int, got {num_draft_tokens!r}")
+        if num_draft_tokens < 1:
+            raise ValueError(f"num_draft_tokens: expected 1 or more, got {num_draft_tokens}")
         arguments = GenerationConfig(
             max_new_tokens=max_new_tokens,
             max_length=max_length,
@@ -158,8 +127,7 @@ def generate(
         if inputs is None:
             inputs = model_inputs.pop("input_ids", None)
         ids, mask, others = split_mapping(inputs, attention_mask)
-        if unknown := sorted(model_inputs | others):
-            raise TypeError(f"generate: unexpected {', '.join(map(repr, unknown))}")
+        media = _media(model, model_inputs, others)
         prompt = read_prompt(
             ids,
             mask,
@@ -168,10 +136,10 @@ def generate(
             eos_token_ids=settings.eos_token_ids,
             device=model.device,
         )
-        output = _decode(
-            model,
-            prompt,
-            settings,
+        call = Call(
+            model=model,
+            prompt=prompt,
+            settings=settings,
             processors=_callables("logits_processor", logits_processor),
             criteria=_callables("stopping_criteria", stopping_criteria),
             streamer=streamer,
@@ -180,51 +148,36 @@ def generate(
             keep_cache=return_dict_in_generate,
             keep_scores=return_dict_in_generate and output_scores,
             progress=progress,
+            media=media,
         )
+        if draft is None:
+            output = _decode(call)
+        else:
+            output = decode_with_drafts(call, draft, num_draft_tokens)
     finally:
         if streamer is not None:
             streamer.end()
     return output if return_dict_in_generate else output.sequences
 
 
-def _decode(
-    model: GenerativeModel,
-    prompt: Prompt,
-    settings: Settings,
-    *,
-    processors: tuple[LogitsProcessor, ...],
-    criteria: tuple[StoppingCriterion, ...],
-    streamer: Streamer | None,
-    tokenizer: Any,
-    draw: TokenDraw,
-    keep_cache: bool,
-    keep_scores: bool,
-    progress: Progress | None,
-) -> GenerateOutput:
-    device = model.device
+def _decode(call: Call) -> GenerateOutput:
+    """One token of every row at a time."""
+    model, prompt, device = call.model, call.prompt, call.model.device
     batch, columns = prompt.ids.shape
-    total = total_length(settings, columns, prompt.longest, context_length(model.config))
+    total, pad_id, draw = call.total, call.pad_id, call.draw
     ids = torch.empty(batch, total, dtype=torch.int64, device=device)
     ids[:, :columns] = prompt.ids
-    # As in transformers: without any notion of eos, finished rows are not padded.
-    has_eos = bool(settings.eos_token_ids) or any(hasattr(c, "eos_token_id") for c in criteria)
-    pad_id = settings.pad_token_id if has_eos else None
-    eos_ids = torch.tensor(settings.eos_token_ids, dtype=torch.int64).to(device)
-    watcher = _stop_strings(settings, tokenizer, prompt)
-    check = StopCheck(batch, device, pad_id, streamer, watcher)
-    chain = ScoreChain(
-        settings.sampling, prompt.ids, prompt.mask, model.config.vocab_size, processors
-    )
-    reserved = total if settings.static_cache else min(total, columns + _RESERVED_TOKENS)
-    cache = model.new_cache(batch, reserved)
-    if streamer is not None:
-        streamer.put(prompt.ids.cpu())
+    check = StopCheck(batch, device, pad_id, call.streamer, call.stop_strings())
+    chain = call.score_chain()
+    cache = model.new_cache(batch, call.reserved)
+    if call.streamer is not None:
+        call.streamer.put(prompt.ids.cpu())
 
-    do_sample = settings.sampling.do_sample
-    all_scores: tuple[Tensor, ...] | None = () if keep_scores else None
+    do_sample = call.do_sample
+    all_scores: tuple[Tensor, ...] | None = () if call.keep_scores else None
     unfinished = torch.ones(batch, dtype=torch.bool, device=device)
     length, surplus = columns, False
-    logits = model.next_logits(prompt.ids, cache, prompt.mask, progress)
+    logits = model.next_logits(prompt.ids, cache, prompt.mask, call.progress, **call.media)
     while True:
         scores = chain.scores(logits, ids[:, :length])
         unusable = unusable_rows(scores, do_sample) & unfinished
@@ -236,9 +189,9 @@ def _decode(
         chain.record(next_ids)
         if all_scores is not None:
             all_scores += (scores,)
-        if settings.eos_token_ids:
-            unfinished = unfinished & ~(next_ids[:, None] == eos_ids).any(dim=-1)
-        for criterion in criteria:
+        if call.settings.eos_token_ids:
+            unfinished = unfinished & ~(next_ids[:, None] == call.eos_ids).any(dim=-1)
+        for criterion in call.criteria:
             done = verdict(criterion(ids[:, :length], all_scores), batch, device)
             unfinished = unfinished & ~done
         check.send(next_ids, unfinished, unusable)
@@ -249,7 +202,7 @@ def _decode(
         logits = model.next_logits(next_ids[:, None], cache)
     if surplus:  # the last step was queued before the host knew that all rows were done
         length -= 1
-        if keep_cache:
+        if call.keep_cache:
             cache.crop(cache.get_seq_length() - 1)
         all_scores = all_scores[:-1] if all_scores is not None else None
         draw.revoke()
@@ -262,11 +215,22 @@ def _decode(
     return GenerateOutput(sequences, all_scores, cache)
 
 
-def _check_draft(draft: str | None, num_draft_tokens: int) -> None:
-    if draft is not None:
-        raise ValueError(f"draft: expected None, no kind of drafting is available, got {draft!r}")
-    if not isinstance(num_draft_tokens, int) or num_draft_tokens < 1:
-        raise ValueError(f"num_draft_tokens: expected 1 or more, got {num_draft_tokens!r}")
+def _media(
+    model: GenerativeModel, arguments: Mapping[str, Any], of_mapping: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The pixel tensors among the keywords of a call and what a mapping of inputs holds."""
+    if twice := sorted(arguments.keys() & of_mapping.keys()):
+        raise TypeError(f"{', '.join(twice)}: given twice, in the mapping and as an argument")
+    values = {**arguments, **of_mapping}
+    media = {name: values.pop(name) for name in MEDIA if name in values}
+    media = {name: value for name, value in media.items() if value is not None}
+    if media and not getattr(model, "has_vision", False):
+        values |= media
+    if values:
+        hint = " (this model has no vision tower)" if values.keys() & set(MEDIA) else ""
+        names = ", ".join(map(repr, sorted(values)))
+        raise TypeError(f"generate: unexpected {names}{hint}")
+    return media
 
 
 def _eos_argument(eos_token_id: Any) -> Any:
@@ -282,11 +246,3 @@ def _callables(name: str, items: Any) -> tuple[Any, ...]:
     if not isinstance(items, Sequence) or not all(callable(item) for item in items):
         raise TypeError(f"{name}: expected a list of callables, got {type(items).__name__}")
     return tuple(items)
-
-
-def _stop_strings(settings: Settings, tokenizer: Any, prompt: Prompt) -> StopStrings | None:
-    if not settings.stop_strings:
-        return None
-    if tokenizer is None:
-        raise ValueError("stop_strings: expected the model's tokenizer too, as tokenizer=")
-    return StopStrings(tokenizer, settings.stop_strings, prompt.ids.cpu().numpy())

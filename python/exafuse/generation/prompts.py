@@ -47,7 +47,8 @@ def split_mapping(inputs: object, attention_mask: object) -> tuple[object, objec
     mask = others.pop("attention_mask", None)
     if mask is not None and attention_mask is not None:
         raise TypeError("attention_mask: given twice, in the mapping and as an argument; drop one")
-    others.pop("token_type_ids", None)  # tokenizers add it; these families have no token types
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        others.pop(name, None)  # tokenizers and processors add them; these families have no types
     return ids, mask if mask is not None else attention_mask, others
 
 

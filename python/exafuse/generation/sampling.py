@@ -9,6 +9,7 @@ the OpenAI API and of vLLM.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,8 +75,14 @@ def draw(scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
     out because ``multinomial`` first reads two checks back to the host, which on a GPU would
     drain the queue at every token; here the check is ``unusable_rows``.
     """
-    probs = scores.softmax(dim=-1)
-    return (probs / torch.empty_like(probs).exponential_(1, generator=generator)).argmax(dim=-1)
+    return draw_from(scores.softmax(dim=-1), generator)
+
+
+def draw_from(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One id a row, int64 ``[batch]``, with probability in proportion to fp32 ``weights``
+    ``[batch, vocab_size]``."""
+    noise = torch.empty_like(weights).exponential_(1, generator=generator)
+    return (weights / noise).argmax(dim=-1)
 
 
 def unusable_rows(scores: Tensor, do_sample: bool) -> Tensor:
@@ -123,6 +130,11 @@ class TokenDraw:
         ids = draw(scores)
         self._after = self._shared.get_state()
         return ids
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """The private generator; None = torch's global one."""
+        return self._private
 
     def revoke(self) -> None:
         """Undo the last draw's effect on the global generator, unless others drew since."""
@@ -201,11 +213,23 @@ class ScoreChain:
             scores = keep_min_p(scores, params.min_p)
         return scores
 
-    def record(self, next_ids: Tensor) -> None:
-        """Mark the ids int64 ``[batch]`` that were appended to the rows."""
+    def record(self, next_ids: Tensor, rows: Tensor | None = None) -> None:
+        """Mark the ids int64 ``[batch]`` that were appended to the rows, or to those of ``rows``
+        (bool ``[batch]``)."""
+        ids = next_ids[:, None]
         for seen in (self._seen, self._seen_in_output):
             if seen is not None:
-                seen.scatter_(1, next_ids[:, None], True)
+                seen.scatter_(1, ids, True if rows is None else seen.gather(1, ids) | rows[:, None])
+
+    def fork(self) -> ScoreChain:
+        """A chain that goes on from here by itself, without the caller's processors."""
+        other = copy.copy(self)
+        other._processors = ()
+        other._seen = None if self._seen is None else self._seen.clone()
+        other._seen_in_output = (
+            None if self._seen_in_output is None else self._seen_in_output.clone()
+        )
+        return other
 
 
 def _checked_result(processor: LogitsProcessor, result: object, scores: Tensor) -> Tensor:

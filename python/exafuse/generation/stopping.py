@@ -64,12 +64,13 @@ class StopStrings:
 
     def completed_by(self, next_ids: np.ndarray) -> np.ndarray:
         """Bool ``[batch]`` for the ids int64 ``[batch]`` that the rows got next."""
-        found = np.zeros(len(self._tails), dtype=bool)
-        for row, next_id in enumerate(next_ids.tolist()):
-            self._tails[row] = [*self._tails[row], next_id][-self._window - 3 :]
-            text, old = self._newest(self._tails[row])
-            found[row] = any(s in text and text.rfind(s) + len(s) > old for s in self._strings)
-        return found
+        return np.array([self.completes(row, i) for row, i in enumerate(next_ids.tolist())])
+
+    def completes(self, row: int, next_id: int) -> bool:
+        """Whether the id that a row got next completes a string."""
+        self._tails[row] = [*self._tails[row], next_id][-self._window - 3 :]
+        text, old = self._newest(self._tails[row])
+        return any(s in text and text.rfind(s) + len(s) > old for s in self._strings)
 
     def _newest(self, ids: list[int]) -> tuple[str, int]:
         """The text of the last ids, and how much of it was there before the newest one.
