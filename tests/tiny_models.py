@@ -36,11 +36,15 @@ def build(family: str, seed: int = 0, **overrides: Any) -> transformers.PreTrain
     config_class, model_class = FAMILIES[family]
     config = config_class(**{**BASE, **overrides})
     config._attn_implementation = "eager"
-    model = model_class(config).eval()
+    return randomise(model_class(config).eval(), seed)
+
+
+def randomise(model: transformers.PreTrainedModel, seed: int) -> transformers.PreTrainedModel:
+    """New weights in place: matrices, biases and norms all matter."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name:
+        if "norm" in name or "ln_q" in name:
             value = 1 + 0.3 * noise
         elif name.endswith("bias"):
             value = 0.1 * noise
@@ -140,7 +144,7 @@ def _random_rope(rng: random.Random, head_dim: int) -> dict[str, Any]:
 
 def reset_rope(model: transformers.PreTrainedModel) -> None:
     """Forget the length a dynamic RoPE has grown to; transformers keeps it in the model."""
-    rotary = model.model.rotary_emb
+    rotary = getattr(model.model, "language_model", model.model).rotary_emb
     if hasattr(rotary, "original_inv_freq"):
         rotary.register_buffer("inv_freq", rotary.original_inv_freq.clone(), persistent=False)
         rotary.max_seq_len_cached = rotary.original_max_seq_len

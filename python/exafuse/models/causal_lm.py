@@ -72,6 +72,10 @@ class CausalLM(nn.Module):
         assert isinstance(self.model, TextModel)
         return self.model
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding of token ids."""
+        return self.text.embed_tokens
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
