@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exafuse import reference
+from exafuse.reference._check import full_fp32
+from exafuse.reference.qk_norm_rope import _redirected, write_cache
 from torch import Tensor
 
 NAN = float("nan")
@@ -127,7 +129,8 @@ def test_flash_attn_with_kvcache_reads_every_layout(
         v_cache, _ = paged(v, 128, generator_v)
     else:
         k_cache, v_cache = (torch.full((batch + 2, 310, 2, 8), NAN) for _ in range(2))
-        rows = torch.tensor([5, 0, 3, 1]) if layout == "rows" else torch.arange(batch)
+        rows = torch.tensor([5, 0, 3, 1], dtype=torch.int32)
+        rows = rows if layout == "rows" else torch.arange(batch, dtype=torch.int32)
         for b in range(batch):
             k_cache[rows[b], : lengths[b]] = k[b, : lengths[b]]
             v_cache[rows[b], : lengths[b]] = v[b, : lengths[b]]
@@ -259,6 +262,40 @@ def test_qk_norm_rope_cache_writes_only_valid_slots() -> None:
             qkv.requires_grad_(), 1, 1, None, None, None, None, None, 0.0,
             k_cache=k_cache, v_cache=v_cache, slot_mapping=slots,
         )  # fmt: skip
+
+
+def test_cache_writes_need_no_look_at_the_slots() -> None:
+    """What a GPU runs, where the bounds of the slots are not known on the host."""
+    generator = torch.Generator().manual_seed(3)
+    for case in range(40):
+        tokens = case % 5 + 1
+        k, v = torch.randn(tokens, 2, 8), torch.randn(tokens, 2, 8)
+        slots = torch.randperm(40, generator=generator)[:tokens] - 8  # of 24: some are outside
+        plain = [torch.full((3, 8, 2, 8), NAN) for _ in "kv"]
+        write_cache(k, v, *plain, slots)
+        other = [torch.full((3, 8, 2, 8), NAN) for _ in "kv"]
+        valid = (slots >= 0) & (slots < 24)
+        k, v, slots = _redirected(k, v, slots, valid, *other)
+        assert bool(((slots >= 0) & (slots < 24)).all())
+        for cache, new, wanted in zip(other, (k, v), plain, strict=True):
+            cache.view(24, 2, 8).index_copy_(0, slots, new)
+            assert torch.equal(cache.nan_to_num(9e9), wanted.nan_to_num(9e9))
+
+
+def test_products_in_fp32_are_not_rounded_to_tf32() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with full_fp32(torch.device("cuda")):
+            assert matmul.fp32_precision == "ieee"
+        with full_fp32(torch.device("cpu")):
+            assert matmul.fp32_precision == "tf32"
+        with pytest.raises(KeyError), full_fp32(torch.device("cuda")):
+            raise KeyError
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_silu_and_mul_forms_agree() -> None:

@@ -20,9 +20,10 @@ import importlib.machinery
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,6 +53,17 @@ OLDEST_GPU = (8, 0)
 
 _REBUILD = "rebuild it: pip install --force-reinstall --no-cache-dir --no-deps exafuse"
 _log = logging.getLogger("exafuse")
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def documented_by(definition: Callable[..., object]) -> Callable[[F], F]:
+    """Give a method the docstring of the reference op that defines it."""
+
+    def decorate(method: F) -> F:
+        method.__doc__ = definition.__doc__
+        return method
+
+    return decorate
 
 
 class FrontDoor:
@@ -96,11 +108,11 @@ class FrontDoor:
                 if tensor is not None and not tensor.is_inference():
                     torch.autograd.graph.increment_version(tensor)
 
-    def without_kernel(self, op: str, first: object) -> None:
-        """Say once that ``op`` has no kernel, if ``first`` lives where one is to be expected."""
-        if op not in self._said and not self._gave_up and getattr(first, "is_cuda", False):
-            self._said.add(op)
-            _log.warning("%s has no kernel yet: it runs in plain PyTorch on the GPU", op)
+    def say_once(self, message: str) -> None:
+        """Warn of what runs another way than one may expect, once for each message."""
+        if message not in self._said:
+            self._said.add(message)
+            _log.warning(message)
 
     def path_for(self, device: torch.device) -> tuple[str, str]:
         """``(path, reason)`` of an op with a kernel on tensors of ``device``; never raises."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from exafuse import reference
-from exafuse.ops.front_door import FrontDoor
+from exafuse.ops.front_door import FrontDoor, documented_by
 
 Qkv = Tensor | tuple[Tensor, Tensor, Tensor]
 
@@ -14,6 +14,7 @@ Qkv = Tensor | tuple[Tensor, Tensor, Tensor]
 class RopeOps(FrontDoor):
     """The ops of this file, on one backend."""
 
+    @documented_by(reference.qk_norm_rope)
     def qk_norm_rope(
         self,
         qkv: Qkv,
@@ -28,24 +29,6 @@ class RopeOps(FrontDoor):
         *,
         out: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Split a merged projection and prepare q and k for attention in one pass.
-
-        Args:
-            qkv: ``[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]``, or a tuple of q, k,
-                v, each ``[num_tokens, heads * head_dim]`` with any row stride; head_dim a multiple
-                of 8 up to 128 on a GPU.
-            num_heads, num_kv_heads: query heads and key/value heads.
-            q_weight, k_weight: RMSNorm weights ``[head_dim]`` shared by all heads; None = no norm.
-            cos, sin: ``[rows, head_dim / 2]``, fp32 or the dtype of ``qkv``; None = no RoPE.
-            positions: int32 ``[num_tokens]``, the table row of each token.
-            eps: of the norm.
-            out: optional buffers for q, k, v; each may be its own part of the input.
-
-        Returns:
-            ``q [num_tokens, num_heads, head_dim]``, ``k`` and ``v [num_tokens, num_kv_heads,
-            head_dim]``. Norm and rotation run in fp32 and are rounded once together; v is a view
-            of the input unless ``out`` is given.
-        """
         q, k, v = qkv if isinstance(qkv, tuple) else (qkv, None, None)
         q_out, k_out, v_out = out if out is not None else (None, None, None)
         kernels = self.kernels(q, k, v, q_weight, k_weight, q_out, k_out, v_out)
@@ -72,6 +55,7 @@ class RopeOps(FrontDoor):
             *(qkv, num_heads, num_kv_heads, q_weight, k_weight, cos, sin, positions, eps), out=out
         )
 
+    @documented_by(reference.qk_norm_rope_cache)
     def qk_norm_rope_cache(
         self,
         qkv: Qkv,
@@ -89,20 +73,6 @@ class RopeOps(FrontDoor):
         slot_mapping: Tensor,
         out: Tensor | None = None,
     ) -> Tensor:
-        """``qk_norm_rope`` that writes k and v into the cache instead of returning them.
-
-        Args:
-            qkv ... eps: as in :func:`qk_norm_rope`.
-            k_cache, v_cache: ``[rows, slots, num_kv_heads, head_dim]``, any strides with last 1;
-                mutated.
-            slot_mapping: int64 ``[num_tokens]``, ``row * slots + slot``; negative or out of range
-                = not written; no value twice.
-            out: optional buffer for q; may be the q part of the input.
-
-        Returns:
-            ``q [num_tokens, num_heads, head_dim]``. Inference only: a needed gradient is a
-            ValueError.
-        """
         q, k, v = qkv if isinstance(qkv, tuple) else (qkv, None, None)
         kernels = self.kernels(q, k, v, q_weight, k_weight, out)
         if kernels is not None:
@@ -127,6 +97,7 @@ class RopeOps(FrontDoor):
             out=out,
         )
 
+    @documented_by(reference.apply_rope)
     def apply_rope(
         self,
         q: Tensor,
@@ -137,18 +108,6 @@ class RopeOps(FrontDoor):
         *,
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Rotate q and k; 2-D RoPE is the same op with another table.
-
-        Args:
-            q: ``[num_tokens, num_heads, head_dim]``.
-            k: ``[num_tokens, num_kv_heads, head_dim]``.
-            cos, sin: ``[rows, head_dim / 2]``, fp32 or the dtype of q.
-            positions: int32 ``[num_tokens]``, the table row of each token.
-            out: optional ``(q, k)`` buffers; may be ``(q, k)`` themselves.
-
-        Returns:
-            The rotated pair, fp32 inside, rounded once.
-        """
         q_out, k_out = out if out is not None else (None, None)
         kernels = self.kernels(q, k, q_out, k_out)
         if kernels is None:

@@ -5,26 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from exafuse import reference
-from exafuse.ops.front_door import FrontDoor
+from exafuse.ops.front_door import FrontDoor, documented_by
 
 
 class ActivationOps(FrontDoor):
     """The op of this file, on one backend."""
 
+    @documented_by(reference.silu_and_mul)
     def silu_and_mul(
         self, gate_up: Tensor, up: Tensor | None = None, *, out: Tensor | None = None
     ) -> Tensor:
-        """``silu(gate) * up``, computed in fp32 and rounded once.
-
-        Args:
-            gate_up: ``[..., 2 * intermediate_size]``, gate in the first half, up in the second; or
-                the gate alone, ``[..., intermediate_size]``, when ``up`` is given.
-            up: ``[..., intermediate_size]`` or None.
-            out: optional result buffer ``[..., intermediate_size]``; may be gate or up.
-
-        Returns:
-            ``[..., intermediate_size]`` in the dtype of the input.
-        """
         kernels = self.kernels(gate_up, up, out)
         if kernels is None:
             return reference.silu_and_mul(gate_up, up, out=out)

@@ -14,7 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exafuse.reference._check import Shapes, check_float, check_heads, deliver
+from exafuse.reference._check import (
+    Shapes,
+    check_count,
+    check_device,
+    check_float,
+    check_heads,
+    check_scale,
+    check_tables,
+    check_window,
+    deliver,
+    full_fp32,
+    refuse,
+)
 
 QUERY_BLOCK = (
     512  # scores are [heads, QUERY_BLOCK, keys] at a time, so memory grows linearly in keys
@@ -43,6 +55,19 @@ def attend(
     Returns:
         out like q, and lse fp32 ``[batch, num_heads, seqlen_q]`` or None.
     """
+    with full_fp32(q.device):
+        return _attend(q, k, v, visible, softmax_scale, with_lse, poisoned)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    softmax_scale: float,
+    with_lse: bool,
+    poisoned: bool,
+) -> tuple[Tensor, Tensor | None]:
     if visible is None and not with_lse:
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2).float(),
@@ -89,26 +114,6 @@ def join(blocks: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | N
     return torch.cat([out for out, _ in blocks], 1), torch.cat(lses, 2) if lses else None
 
 
-def refuse(**unsupported: object) -> None:
-    """Raise for every flash-attn argument that is set but not implemented: none is ever
-    ignored."""
-    for name, value in unsupported.items():
-        if isinstance(value, Tensor) or value not in (None, 0.0, False):
-            raise ValueError(f"{name}: not implemented here, expected it to be left at its default")
-
-
-def scale_and_window(
-    head_dim: int, softmax_scale: float | None, causal: bool, window_size: tuple[int, int]
-) -> tuple[float, tuple[int, int]]:
-    """The default scale, and ``causal`` folded into the window's right bound."""
-    left, right = window_size
-    if left < -1 or right < -1:
-        raise ValueError(f"window_size: expected bounds >= -1 (-1 = open), got {window_size}")
-    if causal:
-        right = 0
-    return (head_dim**-0.5 if softmax_scale is None else softmax_scale), (left, right)
-
-
 def attend_all(
     q: Tensor,
     k: Tensor,
@@ -151,6 +156,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *dims: str) -> Shapes:
     shapes.match("k", k, *dims[half:], "num_kv_heads", "head_dim")
     shapes.match("v", v, *dims[half:], "num_kv_heads", "head_dim")
     check_heads(shapes.known["num_heads"], shapes.known["num_kv_heads"])
+    check_device(q.device, k=k, v=v)
     return shapes
 
 
@@ -173,17 +179,18 @@ def flash_attn_func(
     """Attention over equally long sequences.
 
     Args:
-        q: ``[batch, seqlen_q, num_heads, head_dim]``.
+        q: ``[batch, seqlen_q, num_heads, head_dim]``; kernels take bf16 and fp16, any strides with
+            last 1, and head_dim a multiple of 8 up to 128; fp32 runs in plain PyTorch.
         k, v: ``[batch, seqlen_k, num_kv_heads, head_dim]``; num_heads is a multiple of
             num_kv_heads and query head h reads kv head ``h // (num_heads // num_kv_heads)``.
         dropout_p, softcap, alibi_slopes: not implemented, a ValueError unless left at the default.
-        softmax_scale: default ``head_dim ** -0.5``.
+        softmax_scale: finite and > 0; default ``head_dim ** -0.5``.
         causal: the right bound of the window is 0, aligned bottom-right (torch's SDPA: top-left).
         window_size: ``(left, right)``, inclusive of both ends and beside the query itself; -1 =
             open. A model's ``sliding_window=W`` counts the query, it is ``(W - 1, 0)`` here.
         deterministic: accepted; results never depend on it.
         return_attn_probs: also return the log-sum-exp.
-        out, lse: optional result buffers.
+        out, lse: optional result buffers, apart from the inputs.
 
     Returns:
         ``[batch, seqlen_q, num_heads, head_dim]``; with ``return_attn_probs`` the triple (out,
@@ -191,8 +198,8 @@ def flash_attn_func(
         -inf.
     """
     refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes)
-    shapes = check_qkv(q, k, v, "batch", "seqlen_q", "batch", "seqlen_k")
-    scale, window = scale_and_window(shapes.known["head_dim"], softmax_scale, causal, window_size)
+    check_qkv(q, k, v, "batch", "seqlen_q", "batch", "seqlen_k")
+    scale, window = check_scale(softmax_scale, q.shape[3]), check_window(window_size, causal)
     with_lse = return_attn_probs or lse is not None
     result, lse_result = attend_all(q, k, v, scale, window, with_lse)
     result = deliver(result, out)
@@ -230,7 +237,7 @@ def flash_attn_varlen_func(
         k, v: ``[total_k, num_kv_heads, head_dim]``.
         cu_seqlens_q, cu_seqlens_k: int32 ``[batch + 1]``, where each sequence starts; the last
             entry is the total. Sequence b of q attends to sequence b of k only.
-        max_seqlen_q, max_seqlen_k: the longest of each.
+        max_seqlen_q, max_seqlen_k: at least the longest of each.
         block_table: paged keys belong to :func:`flash_attn_with_kvcache`; a ValueError here.
         others: as in :func:`flash_attn_func`.
 
@@ -239,15 +246,14 @@ def flash_attn_varlen_func(
         ``[num_heads, total_q]``, None).
     """
     refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes)
-    if block_table is not None:
-        raise ValueError("block_table: paged keys are read by flash_attn_with_kvcache only")
+    refuse_pages(block_table)
     shapes = check_qkv(q, k, v, "total_q", "total_k")
+    check_tables(q.device, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     shapes.match("cu_seqlens_q", cu_seqlens_q, "batch + 1")
     shapes.match("cu_seqlens_k", cu_seqlens_k, "batch + 1")
-    scale, window = scale_and_window(shapes.known["head_dim"], softmax_scale, causal, window_size)
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    check_offsets("cu_seqlens_q", starts_q, q.shape[0])
-    check_offsets("cu_seqlens_k", starts_k, k.shape[0])
+    scale, window = check_scale(softmax_scale, q.shape[2]), check_window(window_size, causal)
+    starts_q = offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
+    starts_k = offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
     with_lse = return_attn_probs or lse is not None
     outs, lses = [q[:0]], [q.new_zeros(q.shape[1], 0, dtype=torch.float32)]
     for b in range(len(starts_q) - 1):
@@ -265,7 +271,22 @@ def flash_attn_varlen_func(
     return (result, lse_result, None) if return_attn_probs else result
 
 
-def check_offsets(name: str, starts: list[int], total: int) -> None:
-    """Raise unless ``starts`` rises from 0 to ``total``."""
-    if starts[0] != 0 or starts[-1] != total or any(a > b for a, b in pairwise(starts)):
+def refuse_pages(block_table: Tensor | None) -> None:
+    """Raise for paged keys where they have no place."""
+    if block_table is not None:
+        raise ValueError("block_table: paged keys are read by flash_attn_with_kvcache only")
+
+
+def offsets(
+    name: str, cu_seqlens: Tensor, total: int, longest_name: str, longest: int
+) -> list[int]:
+    """The numbers of ``cu_seqlens``; raises unless they rise from 0 to ``total`` in steps of at
+    most ``longest``."""
+    check_count(longest_name, longest)
+    starts: list[int] = cu_seqlens.tolist()
+    if not starts or starts[0] != 0 or starts[-1] != total or starts != sorted(starts):
         raise ValueError(f"{name}: expected offsets rising from 0 to {total}, got {starts[:8]}")
+    needed = max((b - a for a, b in pairwise(starts)), default=0)
+    if longest < needed:
+        raise ValueError(f"{longest_name}: expected at least {needed}, got {longest}")
+    return starts

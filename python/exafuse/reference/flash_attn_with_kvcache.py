@@ -13,19 +13,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from exafuse.reference._check import Shapes, check_float, check_heads, deliver, needs_grad
-from exafuse.reference.attention import (
-    QUERY_BLOCK,
-    attend,
-    check_offsets,
-    join,
+from exafuse.reference._cache_check import check_cache, check_longest, check_new, lengths_of
+from exafuse.reference._check import (
+    Shapes,
+    check_device,
+    check_float,
+    check_heads,
+    check_scale,
+    check_tables,
+    check_window,
+    deliver,
+    needs_grad,
     refuse,
-    scale_and_window,
-    visible_keys,
 )
+from exafuse.reference.attention import QUERY_BLOCK, attend, join, offsets, visible_keys
 from exafuse.reference.qk_norm_rope import write_cache
-
-TILE = 128  # absolute key tiles of the kernels: a page or a ring holds a multiple of it
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class _CacheView:
 
     def _gather(self, cache: Tensor, batch: slice) -> Tensor:
         if self.block_table is not None:
-            return cache[self.block_table[batch].long()].flatten(1, 2)
-        return cache[batch] if self.rows is None else cache[self.rows[batch].long()]
+            return cache[self.block_table[batch]].flatten(1, 2)
+        return cache[batch] if self.rows is None else cache[self.rows[batch]]
 
 
 def flash_attn_with_kvcache(
@@ -123,69 +125,87 @@ def flash_attn_with_kvcache(
             head_dim]`` with ``cu_seqlens_q``.
         k_cache, v_cache: ``[rows, slots, num_kv_heads, head_dim]``, any strides with last 1. rows
             is the batch, or the number of pages with ``block_table``.
-        k, v: ``[batch, seqlen_new, num_kv_heads, head_dim]`` to append first (mutates the cache).
+        k, v: ``[batch, seqlen_new, num_kv_heads, head_dim]`` to append first (mutates the cache);
+            what has no room is dropped.
         rotary_cos, rotary_sin, softcap, alibi_slopes: not implemented, a ValueError if set.
         cache_seqlens: int32 ``[batch]`` or an int: tokens seen, counting those of this call when
             k and v are None, and not counting them when k and v are given. None = all slots. 0
-            after the append = inactive row, output 0.
-        cache_batch_idx: int ``[batch]``, the cache row of each sequence.
+            after the append, or a negative length, = inactive row, output 0.
+        cache_batch_idx: int32 ``[batch]``, the cache row of each sequence.
         cache_leftpad: int32 ``[batch]``, first visible position of each row.
         block_table: int32 ``[batch, max_pages]``; a page holds a multiple of 128 slots.
         softmax_scale, causal, window_size: as in :func:`flash_attn_func`.
         num_splits: accepted; results never depend on it.
         return_softmax_lse: also return the log-sum-exp.
-        cu_seqlens_q, max_seqlen_q: offsets int32 ``[batch + 1]`` and the longest of packed
-            queries.
-        ring: position p lives in slot ``p % slots`` and cache_seqlens keeps growing past slots.
-        out, lse: optional result buffers.
+        cu_seqlens_q, max_seqlen_q: offsets int32 ``[batch + 1]`` of packed queries, and at least
+            the longest of them; both or neither.
+        ring: position p lives in slot ``p % slots`` and cache_seqlens keeps growing past slots,
+            a multiple of 128 and at least the left window plus the longest run of queries.
+        out, lse: optional result buffers, apart from the inputs.
 
     Returns:
         out like q; with ``return_softmax_lse`` also lse fp32 ``[batch, num_heads, seqlen_q]``, or
         ``[num_heads, total_q]`` for packed q.
     """
     refuse(softcap=softcap, alibi_slopes=alibi_slopes, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
-    if needs_grad(q, k, v, k_cache, v_cache):
-        raise ValueError("flash_attn_with_kvcache has no gradient: call it under torch.no_grad()")
-    shapes = Shapes()
     check_float("q", q)
-    leading = ("batch", "seqlen_q") if cu_seqlens_q is None else ("total_q",)
-    shapes.match("q", q, *leading, "num_heads", "head_dim")
+    packed = cu_seqlens_q is not None
+    shapes = Shapes()
+    shapes.match(
+        "q", q, *(("total_q",) if packed else ("batch", "seqlen_q")), "num_heads", "head_dim"
+    )
+    check_tables(
+        q.device,
+        cu_seqlens_q=cu_seqlens_q,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        block_table=block_table,
+    )
+    starts = None
+    batch, longest_q = q.shape[:2]
+    if cu_seqlens_q is not None:
+        Shapes().match("cu_seqlens_q", cu_seqlens_q, "batch + 1")
+        longest_q = check_longest(max_seqlen_q)
+        starts = offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", longest_q)
+        batch = shapes.known["batch"] = len(starts) - 1
+    by_batch = cache_batch_idx is None and block_table is None
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_float(name, cache, q.dtype)
-        shapes.match(name, cache, "rows", "slots", "num_kv_heads", "head_dim")
+        first = "batch" if by_batch else "rows"
+        shapes.match(name, cache, first, "slots", "num_kv_heads", "head_dim")
     check_heads(shapes.known["num_heads"], shapes.known["num_kv_heads"])
-    scale, window = scale_and_window(shapes.known["head_dim"], softmax_scale, causal, window_size)
-    starts = None if cu_seqlens_q is None else cu_seqlens_q.tolist()
-    if starts is None:
-        batch, longest_q = q.shape[0], q.shape[1]
-    else:
-        check_offsets("cu_seqlens_q", starts, q.shape[0])
-        if max_seqlen_q is not None and max_seqlen_q < max(b - a for a, b in pairwise(starts)):
-            raise ValueError(f"max_seqlen_q: expected the longest row, got {max_seqlen_q}")
-        batch, longest_q = len(starts) - 1, max(b - a for a, b in pairwise(starts))
-    _check_cache(k_cache, block_table, ring, window, longest_q)
-    if cache_batch_idx is None and block_table is None and k_cache.shape[0] != batch:
-        raise ValueError(
-            f"k_cache: expected rows = batch = {batch} without cache_batch_idx or block_table, "
-            f"got {tuple(k_cache.shape)}"
-        )
-    slots = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    lengths = _lengths(cache_seqlens, batch, slots, q.device)
+    check_device(q.device, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
+    if needs_grad(q, k, v, k_cache, v_cache):
+        raise ValueError("flash_attn_with_kvcache has no gradient: call it under torch.no_grad()")
+    scale, window = check_scale(softmax_scale, q.shape[-1]), check_window(window_size, causal)
     for name, index in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
         if index is not None:
-            Shapes(batch=batch).match(name, index, "batch")
+            shapes.match(name, index, "batch")
     if block_table is not None:
-        Shapes(batch=batch).match("block_table", block_table, "batch", "max_pages")
-    view = _CacheView(k_cache, v_cache, cache_batch_idx, block_table, lengths, cache_leftpad, ring)
-    if (k is None) != (v is None):
-        raise ValueError("k, v: expected both or neither")
+        shapes.match("block_table", block_table, "batch", "max_pages")
+    new_tokens = check_new(k, v, q.dtype, shapes, cache_seqlens)
+    check_cache(k_cache, cache_batch_idx, block_table, ring, window, max(longest_q, new_tokens))
+    slots = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    lengths = lengths_of(cache_seqlens, batch, q.device)
+    if lengths is None:
+        lengths = torch.full((batch,), slots, dtype=torch.int32, device=q.device)
+    shapes.match("cache_seqlens", lengths, "batch")
+    if k_cache.shape[0] == 0:  # no rows at all: one that nobody has written to
+        k_cache, v_cache = (x.new_zeros((1, *x.shape[1:])) for x in (k_cache, v_cache))
+        lengths = torch.full_like(lengths, -1)
+    last = k_cache.shape[0] - 1
+    view = _CacheView(
+        k_cache,
+        v_cache,
+        None if cache_batch_idx is None else cache_batch_idx.long().clamp(0, last),
+        None if block_table is None else block_table.long().clamp(0, last),
+        lengths,
+        cache_leftpad,
+        ring,
+    )
     if k is not None and v is not None:
-        new = Shapes(batch=batch, **{d: shapes.known[d] for d in ("num_kv_heads", "head_dim")})
-        for name, tensor in (("k", k), ("v", v)):
-            check_float(name, tensor, q.dtype)
-            new.match(name, tensor, "batch", "seqlen_new", "num_kv_heads", "head_dim")
         _append(k, v, view, slots)
-        view = replace(view, lengths=lengths + k.shape[1])
+        view = replace(view, lengths=torch.where(lengths < 0, lengths, lengths + k.shape[1]))
     with_lse = return_softmax_lse or lse is not None
     lse_result: Tensor | None
     if starts is None:
@@ -207,54 +227,21 @@ def flash_attn_with_kvcache(
     return result
 
 
-def _check_cache(
-    k_cache: Tensor,
-    block_table: Tensor | None,
-    ring: bool,
-    window_size: tuple[int, int],
-    max_seqlen_q: int,
-) -> None:
-    slots = k_cache.shape[1]
-    if block_table is not None:
-        if ring:
-            raise ValueError("ring: a paged cache cannot be a ring, drop block_table or ring")
-        if slots % TILE:
-            raise ValueError(f"k_cache: a page holds a multiple of {TILE} slots, got {slots}")
-    if ring:
-        need = window_size[0] + max_seqlen_q
-        if window_size[0] < 0 or slots < need or slots % TILE:
-            raise ValueError(
-                f"ring: expected a bounded left window and slots >= left + max_seqlen_q = {need}, "
-                f"a multiple of {TILE}; got window_size={window_size}, slots={slots}"
-            )
-
-
-def _lengths(
-    cache_seqlens: Tensor | int | None, batch: int, slots: int, device: torch.device
-) -> Tensor:
-    if isinstance(cache_seqlens, Tensor):
-        Shapes().match("cache_seqlens", cache_seqlens, batch)
-        if cache_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"cache_seqlens: expected int32, got {cache_seqlens.dtype}")
-        return cache_seqlens
-    filled = slots if cache_seqlens is None else cache_seqlens
-    return torch.full((batch,), filled, dtype=torch.int32, device=device)
-
-
 def _append(k: Tensor, v: Tensor, view: _CacheView, slots: int) -> None:
     """Write new keys and values behind ``view.lengths``; positions beyond the cache are
     dropped."""
     batch, seqlen_new = k.shape[:2]
     page = view.k_cache.shape[1]
     position = view.lengths[:, None].long() + torch.arange(seqlen_new, device=k.device)
-    inside = position < slots
+    active = (view.lengths >= 0)[:, None]
+    inside = active.expand_as(position) if view.ring else active & (position < slots)
     if view.ring:
-        position, inside = position % slots, torch.ones_like(inside)
-    if view.block_table is not None:
-        column = (position // page).clamp(max=view.block_table.shape[1] - 1)
-        row, slot = view.block_table.long().gather(1, column), position % page
+        position = position % slots
+    if view.block_table is not None and slots:
+        column = (position // page).clamp(0, view.block_table.shape[1] - 1)
+        row, slot = view.block_table.gather(1, column), position % page
     else:
-        rows = view.rows.long() if view.rows is not None else torch.arange(batch, device=k.device)
+        rows = view.rows if view.rows is not None else torch.arange(batch, device=k.device)
         row, slot = rows[:, None].expand_as(position), position
     mapping = torch.where(inside, row * page + slot, -1).flatten()
     write_cache(k.flatten(0, 1), v.flatten(0, 1), view.k_cache, view.v_cache, mapping)

@@ -64,8 +64,7 @@ def _rows(
         )
     shapes = Shapes(num_tokens=num_tokens)
     shapes.match("positions", positions, "num_tokens")
-    if positions.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"positions: expected int32, got {positions.dtype}")
+    check_float("positions", positions, torch.int32)
     check_float("cos", cos)
     check_float("sin", sin, cos.dtype)
     shapes.match("cos", cos, "rows", head_dim // 2)
@@ -111,18 +110,19 @@ def qk_norm_rope(
 
     Args:
         qkv: ``[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]``, or a tuple of q, k, v,
-            each ``[num_tokens, heads * head_dim]`` with any row stride.
+            each ``[num_tokens, heads * head_dim]`` with any row stride; head_dim a multiple of 8
+            up to 128 on a GPU.
         num_heads, num_kv_heads: query heads and key/value heads.
         q_weight, k_weight: RMSNorm weights ``[head_dim]`` shared by all heads; None = no norm.
         cos, sin: ``[rows, head_dim / 2]``, fp32 or the dtype of ``qkv``; None = no RoPE.
         positions: int32 ``[num_tokens]``, the table row of each token.
         eps: of the norm.
-        out: optional buffers for q, k, v.
+        out: optional buffers for q, k, v; each may be its own part of the input.
 
     Returns:
         ``q [num_tokens, num_heads, head_dim]``, ``k`` and ``v [num_tokens, num_kv_heads,
         head_dim]``. Norm and rotation run in fp32 and are rounded once together; v is a view of
-        the input.
+        the input unless ``out`` is given.
     """
     q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
     rows = _rows(cos, sin, positions, q.shape[0], q.shape[2])
@@ -164,7 +164,7 @@ def qk_norm_rope_cache(
             mutated.
         slot_mapping: int64 ``[num_tokens]``, ``row * slots + slot``; negative or out of range =
             not written; no value twice.
-        out: optional buffer for q.
+        out: optional buffer for q; may be the q part of the input.
 
     Returns:
         ``q [num_tokens, num_heads, head_dim]``. Inference only: a needed gradient is a ValueError.
@@ -193,20 +193,41 @@ def write_cache(
     shapes.match("k_cache", k_cache, "rows", "slots", "num_kv_heads", "head_dim")
     shapes.match("v_cache", v_cache, "rows", "slots", "num_kv_heads", "head_dim")
     shapes.match("slot_mapping", slot_mapping, "num_tokens")
-    if slot_mapping.dtype != torch.int64:
-        raise ValueError(f"slot_mapping: expected int64, got {slot_mapping.dtype}")
+    check_float("slot_mapping", slot_mapping, torch.int64)
     rows, slots = k_cache.shape[:2]
-    if slot_mapping.numel() == 0:
+    if slot_mapping.numel() == 0 or rows * slots == 0:
         return
-    low, high = (int(bound) for bound in slot_mapping.aminmax())
-    if low < 0 or high >= rows * slots:
-        valid = (slot_mapping >= 0) & (slot_mapping < rows * slots)
-        k, v, slot_mapping = k[valid], v[valid], slot_mapping[valid]
+    valid = (slot_mapping >= 0) & (slot_mapping < rows * slots)
+    if not slot_mapping.is_cuda:
+        if not valid.all():
+            k, v, slot_mapping = k[valid], v[valid], slot_mapping[valid]
+    else:
+        k, v, slot_mapping = _redirected(k, v, slot_mapping, valid, k_cache, v_cache)
     for cache, new in ((k_cache, k), (v_cache, v)):
         if cache.stride(0) == slots * cache.stride(1):
             cache.view(rows * slots, *cache.shape[2:]).index_copy_(0, slot_mapping, new)
         else:
             cache.index_put_((slot_mapping // slots, slot_mapping % slots), new)
+
+
+def _redirected(
+    k: Tensor, v: Tensor, slot_mapping: Tensor, valid: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same writes without any that is not valid, and without a look at the device.
+
+    Tokens that are not written repeat the write of the first one that is; where there is none, they
+    write to slot 0 what it holds.
+    """
+    token = valid.int().argmax(0, keepdim=True)
+    slot = slot_mapping.index_select(0, token).where(valid.any(), 0)
+    first = [
+        new.index_select(0, token).where(valid.any(), cache[0, :1])
+        for cache, new in ((k_cache, k), (v_cache, v))
+    ]
+    k, v = (
+        new.where(valid[:, None, None], other) for new, other in zip((k, v), first, strict=True)
+    )
+    return k, v, slot_mapping.where(valid, slot)
 
 
 def apply_rope(
@@ -225,7 +246,7 @@ def apply_rope(
         k: ``[num_tokens, num_kv_heads, head_dim]``.
         cos, sin: ``[rows, head_dim / 2]``, fp32 or the dtype of q.
         positions: int32 ``[num_tokens]``, the table row of each token.
-        out: optional ``(q, k)`` buffers.
+        out: optional ``(q, k)`` buffers; may be ``(q, k)`` themselves.
 
     Returns:
         The rotated pair, fp32 inside, rounded once.

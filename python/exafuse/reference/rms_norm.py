@@ -31,10 +31,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
     """Root-mean-square norm over the last dimension.
 
     Args:
-        x: ``[..., hidden]``, bf16, fp16 or fp32.
+        x: ``[..., hidden]``, bf16, fp16 or fp32; hidden a multiple of 8 up to 65536 on a GPU.
         weight: ``[hidden]``, the dtype of ``x`` or fp32.
         eps: added to the mean square.
-        out: optional result buffer, shape and dtype of ``x``.
+        out: optional result buffer, shape and dtype of ``x``; may be ``x``.
 
     Returns:
         ``x * rsqrt(mean(x^2) + eps) * weight``, computed in fp32 and rounded once to ``x.dtype``.
@@ -57,7 +57,7 @@ def add_rms_norm(
         x, residual: ``[..., hidden]``, same shape and dtype.
         weight: ``[hidden]``.
         eps: added to the mean square.
-        out: optional ``(y, new_residual)`` buffers.
+        out: optional ``(y, new_residual)`` buffers; each may be ``x`` or ``residual``.
 
     Returns:
         ``(y, new_residual)``: ``new_residual = x + residual`` rounded to the dtype, and ``y`` the
@@ -80,7 +80,7 @@ def rms_norm_add(
         residual: ``[..., hidden]``, shape and dtype of ``x``.
         weight: ``[hidden]``.
         eps: added to the mean square.
-        out: optional result buffer.
+        out: optional result buffer; may be ``x`` or ``residual``.
 
     Returns:
         ``residual + rms_norm(x)``, computed in fp32 and rounded once after the addition.

@@ -15,7 +15,7 @@ def silu_and_mul(gate_up: Tensor, up: Tensor | None = None, *, out: Tensor | Non
         gate_up: ``[..., 2 * intermediate_size]``, gate in the first half, up in the second; or
             the gate alone, ``[..., intermediate_size]``, when ``up`` is given.
         up: ``[..., intermediate_size]`` or None.
-        out: optional result buffer ``[..., intermediate_size]``.
+        out: optional result buffer ``[..., intermediate_size]``; may be gate or up.
 
     Returns:
         ``[..., intermediate_size]`` in the dtype of the input.
