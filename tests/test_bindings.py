@@ -53,6 +53,7 @@ def test_the_stub_matches_the_module(extension: ModuleType) -> None:
         inside = re.match(rf"{name}\((.*)\) ->", signature)
         assert inside is not None, signature
         words = inside[1].replace("torch.Tensor", "Tensor")
+        words = words.replace("typing.SupportsInt | typing.SupportsIndex", "int")
         assert words == ", ".join(arguments), name
 
 

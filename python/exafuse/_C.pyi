@@ -69,3 +69,18 @@ def apply_rope(
     k_out: Tensor,
 ) -> None: ...
 def silu_and_mul(gate: Tensor, up: Tensor | None, out: Tensor) -> None: ...
+def vision_attn(
+    qkv: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    workspace: Tensor | None,
+    out: Tensor,
+) -> None: ...
+def vision_attn_workspace(
+    num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, max_seqlen: int
+) -> int: ...
