@@ -16,56 +16,15 @@ import numpy as np
 import oracles
 from numeric import assert_bitwise_equal, assert_close, assert_rope_close
 
+from emulator import attention_race_cases
 from emulator.control import SCHEDULES, Emulator
+from emulator.race_arrays import Cases, empty, read, store
 
 DTYPES = ("bfloat16", "float16", "float32")
 # One hidden size or more for each way in which the norms share out a row.
 HIDDEN = (8, 16, 64, 264, 1024, 2048, 2056, 4096, 5120, 16392)
 HEAD_DIMS = (8, 16, 40, 64, 80, 96, 128)
 EPS = 1e-5
-
-
-class Cases:
-    """Draws arrays as the kernels store them: bfloat16 as its bits in uint16."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = np.random.default_rng(seed)
-
-    def pick(self, *choices: object) -> object:
-        return choices[self.random.integers(len(choices))]
-
-    def number(self, low: int, high: int) -> int:
-        return int(self.random.integers(low, high + 1))
-
-    def values(self, dtype: str, *shape: int) -> np.ndarray:
-        """Gaussian values that the dtype can hold."""
-        return oracles.round_to(self.random.standard_normal(shape), dtype)
-
-    def gapped(self, stored: np.ndarray) -> np.ndarray:
-        """The same rows with a stride of their own, where the array has rows."""
-        if stored.ndim < 2 or self.random.integers(2):
-            return stored
-        wide = np.zeros((*stored.shape[:-1], stored.shape[-1] + 8), stored.dtype)
-        view = wide[..., : stored.shape[-1]]
-        view[...] = stored
-        return view
-
-
-def store(values: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype != "bfloat16":
-        return values.astype(dtype)
-    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-
-
-def read(stored: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype != "bfloat16":
-        return stored.astype(np.float64)
-    return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-
-
-def empty(like: np.ndarray, dtype: str) -> np.ndarray:
-    """NaN everywhere, until the kernel writes it."""
-    return store(np.full(like.shape, np.nan), dtype)
 
 
 def norms(op: str) -> Callable[[Cases], None]:
@@ -187,7 +146,10 @@ OPS: dict[str, Callable[[Cases], None]] = {
     "qk_norm_rope_cache": heads(with_cache=True),
     "apply_rope": apply_rope,
     "silu_and_mul": silu_and_mul,
+    **attention_race_cases.OPS,
 }
+# Attention is slow in this build; of its ops, one case for so many of the others'.
+ATTENTION_SHARE = 4
 
 
 def main() -> None:
@@ -201,9 +163,11 @@ def main() -> None:
     for number, (op, run) in enumerate(OPS.items()):
         if arguments.op and op not in arguments.op:
             continue
-        for i in range(arguments.cases):
+        share = ATTENTION_SHARE if op in attention_race_cases.OPS else 1
+        count = -(-arguments.cases // share)
+        for i in range(count):
             run(Cases(1000 * number + i))
-        print(f"{op}: {arguments.cases}", flush=True)
+        print(f"{op}: {count}", flush=True)
     if arguments.plant:
         import _honesty
 

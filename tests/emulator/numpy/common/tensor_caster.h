@@ -41,8 +41,11 @@ inline Tensor tensor_from_python(pybind11::handle source) {
   const auto array = pybind11::reinterpret_borrow<pybind11::array>(source);
   int64_t* strides = kept_strides[next++ % kKept];
   if (array.ndim() > Tensor::kMaxDims) throw NotAPlainTensor("an array of more than 8 dimensions");
-  for (pybind11::ssize_t dim = 0; dim < array.ndim(); ++dim) {
-    strides[dim] = array.strides(dim) / array.itemsize();
+  int64_t step = 1;
+  for (pybind11::ssize_t dim = array.ndim() - 1; dim >= 0; --dim) {
+    // Where there are no elements, numpy's strides are 0; torch's are those of a dense tensor.
+    strides[dim] = array.size() > 0 ? array.strides(dim) / array.itemsize() : step;
+    step *= array.shape(dim) > 0 ? array.shape(dim) : 1;
   }
   Tensor tensor;
   tensor.data = const_cast<void*>(array.data());
