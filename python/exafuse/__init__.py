@@ -16,6 +16,7 @@ from exafuse.errors import (
     ConfigError,
     DoesNotFitError,
     ExafuseError,
+    MediaError,
     TemplateError,
 )
 
@@ -52,6 +53,7 @@ __all__ = [
     "ConfigError",
     "DoesNotFitError",
     "ExafuseError",
+    "MediaError",
     "TemplateError",
     "__version__",
     "chat",

@@ -25,6 +25,10 @@ class TemplateError(ExafuseError, ValueError):
     """A chat template or tokenizer cannot be loaded or cannot render the conversation."""
 
 
+class MediaError(ExafuseError, ValueError):
+    """An image or a video cannot be read, or is larger than what is accepted."""
+
+
 class DoesNotFitError(ExafuseError, MemoryError):
     """Weights or cache do not fit the free memory of the target device; raised before anything is
     read."""

@@ -1,7 +1,7 @@
 """Conversations: ``exafuse.chat(model, processor, messages)`` and what stands behind it.
 
-``load_processor`` loads a checkpoint's tokenizer, ``encode_chat`` turns a conversation into prompt
-ids, ``chat`` generates the next turn and takes it apart into a :class:`Reply`.
+``load_processor`` loads a checkpoint's text front end, ``encode_chat`` turns a conversation into
+prompt ids, ``chat`` generates the next turn and takes it apart into a :class:`Reply`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from exafuse.text.loading import load_processor
+from exafuse.text.encoding import encode_chat, encode_conversation
+from exafuse.text.loading import load_processor, tokenizer_of
 from exafuse.text.messages import Message, Tool
 from exafuse.text.reply import Reply, hidden_ids, parse_reply, reply_text
 from exafuse.text.streaming import ReplyStreamer
-from exafuse.text.template import encode_chat, mentions_tools, render_chat, template_source
+from exafuse.text.template import mentions_tools, template_source
 from exafuse.text.tool_calls import MalformedToolCall, ToolCall, tool_call_style
 
 __all__ = [
@@ -80,7 +81,10 @@ def chat(
     """The model's next turn in a conversation.
 
     ``processor``: from :func:`load_processor`. ``messages``: dicts with ``role`` and ``content``;
-    append ``reply.message``, and for every tool call ``call.result(value)``, to go on.
+    append ``reply.message``, and for every tool call ``call.result(value)``, to go on. For a model
+    that sees, the content of a user's message may be a list of ``{"type": "text", "text": ...}``,
+    ``{"type": "image", "image": source}`` and ``{"type": "video", "video": source}`` (with ``fps``
+    or ``num_frames`` if wanted); a source is a file, a PIL image, an array or a list of frames.
     ``tools``: JSON schemas, or Python functions with type hints and a Google-style docstring.
     ``thinking``: True or False where the template has a switch; None is the template's default.
     ``preset``: a name of ``PRESETS``; nothing of it applies unless named, and arguments given here
@@ -88,43 +92,42 @@ def chat(
     ``model.generate``; without a length there or in the checkpoint, a reply ends after 1024 tokens
     (or at the end of the context).
 
-    Raises ``TemplateError`` if the template fails, ``ValueError`` / ``TypeError`` for arguments.
+    Raises ``TemplateError`` if the template fails, ``MediaError`` for an image or a video that
+    cannot be read, ``ValueError`` / ``TypeError`` for arguments.
     """
-    import torch
-
+    tokenizer = tokenizer_of(processor)
     chosen = _preset(preset)
     thinking = chosen.thinking if thinking is None else thinking
     # None leaves a setting open, as in generate; for eos_token_id alone it says "no such token".
     given = {k: v for k, v in generate_kwargs.items() if v is not None or k == "eos_token_id"}
     settings = {**chosen.settings, **given}
-    if tools and not mentions_tools(processor):
+    if tools and not mentions_tools(tokenizer):
         raise ValueError(
             "tools: the chat template of this checkpoint does not declare tools to the model; "
             "describe them in a message, or use a checkpoint whose template does"
         )
-    prompt = render_chat(processor, messages, tools=tools, thinking=thinking)
+    prompt = encode_conversation(processor, messages, tools=tools, thinking=thinking)
     settings |= _length(model, settings, len(prompt.ids))
     if settings.get("stop_strings"):
-        settings.setdefault("tokenizer", processor)
+        settings.setdefault("tokenizer", tokenizer)
 
-    input_ids = torch.tensor([prompt.ids], dtype=torch.int64, device=model.device)
-    # All ones: a padding id in the prompt is the template's, not padding.
-    mask = torch.ones_like(input_ids)
-    output = model.generate(input_ids, attention_mask=mask, streamer=streamer, **settings)
+    # The mask is all ones: a padding id in the prompt is the template's, not padding.
+    inputs = {name: tensor.to(model.device) for name, tensor in prompt.inputs.items()}
+    output = model.generate(inputs.pop("input_ids"), streamer=streamer, **inputs, **settings)
     sequences = getattr(output, "sequences", output)
     new_ids: list[int] = sequences[0, len(prompt.ids) :].tolist()
 
-    stops = _stop_ids(model, processor, settings)
+    stops = _stop_ids(model, tokenizer, settings)
     strings = _setting(model, settings, "stop_strings")
     finished = bool(new_ids) and (
-        new_ids[-1] in stops or _ends_with(strings, processor, prompt.ids, new_ids)
+        new_ids[-1] in stops or _ends_with(strings, tokenizer, prompt.ids, new_ids)
     )
     said = new_ids
     while said and said[-1] in stops:
         said = said[:-1]
-    style = tool_call_style(template_source(processor, tools), processor.get_added_vocab())
+    style = tool_call_style(template_source(tokenizer, tools), tokenizer.get_added_vocab())
     return parse_reply(
-        reply_text(processor, said, hidden_ids(processor)),
+        reply_text(tokenizer, said, hidden_ids(tokenizer)),
         # Bare JSON is a call only if there was something to call; otherwise it is the answer.
         style=style if tools or style == "tag" else None,
         opened_thinking=prompt.opens_thinking,
@@ -152,15 +155,15 @@ def _length(model: Any, settings: Mapping[str, Any], prompt_length: int) -> dict
     return {"max_new_tokens": min(DEFAULT_MAX_NEW_TOKENS, room)}
 
 
-def _stop_ids(model: Any, processor: Any, settings: Mapping[str, Any]) -> frozenset[int]:
+def _stop_ids(model: Any, tokenizer: Any, settings: Mapping[str, Any]) -> frozenset[int]:
     ids = _setting(model, settings, "eos_token_id")
     if ids is None and settings.get("eos_token_id", ...) is not None:
-        ids = processor.eos_token_id
+        ids = tokenizer.eos_token_id
     return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
 
 
 def _ends_with(
-    strings: str | Sequence[str] | None, processor: Any, prompt: Sequence[int], new: Sequence[int]
+    strings: str | Sequence[str] | None, tokenizer: Any, prompt: Sequence[int], new: Sequence[int]
 ) -> bool:
     """Whether the last new token completed one of the strings, as ``generate`` judges it."""
     if not strings:
@@ -171,7 +174,7 @@ def _ends_with(
 
     strings = (strings,) if isinstance(strings, str) else tuple(strings)
     before = np.array([[*prompt, *new[:-1]]], dtype=np.int64)
-    completed = StopStrings(processor, strings, before).completed_by(np.array(new[-1:]))
+    completed = StopStrings(tokenizer, strings, before).completed_by(np.array(new[-1:]))
     return bool(completed[0])
 
 

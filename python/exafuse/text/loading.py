@@ -29,8 +29,11 @@ FILE_LIMITS_BYTES = {
     "merges.txt": 64 * MIB,
     "tokenizer.model": 64 * MIB,
     "chat_template.jinja": MIB,
+    "chat_template.json": MIB,
     "config.json": 4 * MIB,
 }
+LEGACY_TEMPLATE = "chat_template.json"  # where processors, not tokenizers, once kept the template
+VISION_MODEL_TYPE = "exaone4_5"
 REGEX_LIMIT_CHARS = 16_384
 # Copies of one sub-pattern that nested counted repetitions such as (x{9}){9} may ask for.
 REGEX_LIMIT_REPEATS = 100_000
@@ -38,17 +41,20 @@ MODEL_TYPES = ("BPE", "Unigram", "WordLevel", "WordPiece")
 
 
 def load_processor(folder: str | os.PathLike[str]) -> Any:
-    """The transformers tokenizer of the checkpoint folder ``folder``.
+    """The text front end of the checkpoint folder ``folder``: the transformers tokenizer, or, for
+    a model that sees, a :class:`exafuse.media.processor.Processor` with the tokenizer in it.
 
     Local files only; ``trust_remote_code`` is False. Raises ``TemplateError``, with file and
     reason, for tokenizer files that are missing, too large, malformed or contradictory, for token
     ids that the model has no embedding row for (``vocab_size`` of config.json, where there is one),
-    and for a chat template that does not compile.
+    and for a chat template that does not compile; ``ConfigError`` for malformed settings of images
+    and videos.
     """
     path = Path(folder)
     if not path.is_dir():
         raise TemplateError(f"{path}: expected a checkpoint folder with a tokenizer, got no folder")
     num_rows, file_ids = _check_files(path)
+    config = _read_object(path / "config.json") if (path / "config.json").exists() else {}
     from transformers import AutoTokenizer
 
     names = ", ".join(sorted(FILE_LIMITS_BYTES.keys() & {entry.name for entry in path.iterdir()}))
@@ -62,7 +68,23 @@ def load_processor(folder: str | os.PathLike[str]) -> Any:
             f"{type(tokenizer).__name__}; save it again with transformers 5 to get a tokenizer.json"
         )
     _check_ids(path, tokenizer.get_vocab(), num_rows, file_ids)
+    if tokenizer.chat_template is None and (path / LEGACY_TEMPLATE).exists():
+        tokenizer.chat_template = _read_object(path / LEGACY_TEMPLATE).get("chat_template")
     _check_templates(path, tokenizer.chat_template)
+    if config.get("model_type") == VISION_MODEL_TYPE:
+        from exafuse.media.loading import make_processor
+
+        return make_processor(path, config, tokenizer)
+    return tokenizer
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of what :func:`load_processor` returned; ``TypeError`` for anything else."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not hasattr(tokenizer, "get_added_vocab"):
+        raise TypeError(
+            f"processor: expected what exafuse.load_processor returns, got {shorten(processor)}"
+        )
     return tokenizer
 
 
@@ -112,7 +134,7 @@ def _check_files(folder: Path) -> tuple[int | None, dict[str, int]]:
         _check_tokenizer_config(folder / "tokenizer_config.json")
     has_json, has_config = "tokenizer.json" in present, "config.json" in present
     ids = _check_tokenizer_json(folder / "tokenizer.json") if has_json else {}
-    return _vocab_size(folder) if has_config else None, ids
+    return _vocab_size(_read_object(folder / "config.json")) if has_config else None, ids
 
 
 def _check_regular(path: Path, limit_bytes: int) -> None:
@@ -224,8 +246,7 @@ def _check_pattern(path: Path, part: str, pattern: str) -> None:
         )
 
 
-def _vocab_size(folder: Path) -> int | None:
-    config = _read_object(folder / "config.json")
+def _vocab_size(config: Mapping[str, Any]) -> int | None:
     text_part = config.get("text_config")
     values = text_part if isinstance(text_part, dict) else config
     rows = values.get("vocab_size", config.get("vocab_size"))

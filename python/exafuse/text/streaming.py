@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
+from exafuse.text.loading import tokenizer_of
 from exafuse.text.messages import THINK_CLOSE, THINK_OPEN
 from exafuse.text.reply import hidden_ids, reply_text
 
@@ -19,7 +20,8 @@ class ReplyStreamer:
     """A streamer for ``generate``: writes the text of one reply as soon as it is certain.
 
     A character whose bytes are spread over several tokens (Korean, emoji) is written when its last
-    token has come. ``write`` takes text (default: standard output, flushed). ``thinking``: the
+    token has come. ``tokenizer``: of ``load_processor``, a processor as well. ``write`` takes text
+    (default: standard output, flushed). ``thinking``: the
     thought as it is, dimmed by terminal codes, or left out; its tags are written only by "show".
     """
 
@@ -32,7 +34,7 @@ class ReplyStreamer:
     ) -> None:
         if thinking not in ("show", "dim", "hide"):
             raise ValueError(f"thinking: expected 'show', 'dim' or 'hide', got {thinking!r}")
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer = tokenizer_of(tokenizer)
         self._write = write or _write_to_stdout
         self._thinking = thinking
         self._hidden = hidden_ids(tokenizer)

@@ -41,7 +41,7 @@ class Prompt:
     opens_thinking: bool
 
 
-def encode_chat(
+def render_chat(
     tokenizer: Any,
     messages: Sequence[Message],
     *,
@@ -49,7 +49,7 @@ def encode_chat(
     thinking: bool | None = None,
     add_generation_prompt: bool = True,
     template_kwargs: Mapping[str, Any] | None = None,
-) -> list[int]:
+) -> Prompt:
     """The prompt ids of ``messages``, by the tokenizer's chat template.
 
     ``tools``: JSON schemas, or Python functions with type hints and a Google-style docstring.
@@ -60,26 +60,6 @@ def encode_chat(
     Raises ``TemplateError`` if the template refuses or fails, ``ValueError`` / ``TypeError`` for
     malformed messages or tools.
     """
-    return render_chat(
-        tokenizer,
-        messages,
-        tools=tools,
-        thinking=thinking,
-        add_generation_prompt=add_generation_prompt,
-        template_kwargs=template_kwargs,
-    ).ids
-
-
-def render_chat(
-    tokenizer: Any,
-    messages: Sequence[Message],
-    *,
-    tools: Sequence[Tool] | None = None,
-    thinking: bool | None = None,
-    add_generation_prompt: bool = True,
-    template_kwargs: Mapping[str, Any] | None = None,
-) -> Prompt:
-    """:func:`encode_chat`, with the rendered text and the state of thinking."""
     schemas = tool_schemas(tools)
     template = template_source(tokenizer, schemas)
     chat = with_thoughts_apart(check_messages(messages), tokenizer, template)
