@@ -50,7 +50,7 @@ def attend(
         visible: bool ``[batch or 1, seqlen_q, seqlen_k]``; None = every query sees every key.
         softmax_scale: multiplies the scores.
         with_lse: also return the log-sum-exp.
-        poisoned: keys that no query sees may hold NaN (cache slots never written).
+        poisoned: keys that no query sees may hold anything, NaN included.
 
     Returns:
         out like q, and lse fp32 ``[batch, num_heads, seqlen_q]`` or None.
@@ -138,9 +138,9 @@ def attend_all(
         i = torch.arange(first, end, device=q.device)[None]
         p = torch.arange(low, high, device=q.device)[None]
         visible = visible_keys(i, p, window_size)
-        blocks.append(
-            attend(block, k[:, low:high], v[:, low:high], visible, softmax_scale, with_lse)
-        )
+        keys, values = k[:, low:high], v[:, low:high]
+        masked = left >= 0 or right >= 0
+        blocks.append(attend(block, keys, values, visible, softmax_scale, with_lse, masked))
     return join(blocks)
 
 
