@@ -119,6 +119,34 @@ def test_placeholder_ids_without_pictures_are_ordinary_tokens(tmp_path: Path) ->
     assert_same(ours(ids).logits, theirs(ids).logits, "text alone")
 
 
+@torch.no_grad()
+def test_generate(tmp_path: Path) -> None:
+    for seed in range(0, 24, 3):
+        case = tiny_vision.random_case(seed)
+        theirs = case.build()
+        ours = load(tiny_models.save(theirs, tmp_path / str(seed)))
+        prompt = case.prompt(theirs.config)
+        settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+        tiny_models.reset_rope(theirs)
+        expected = theirs.generate(prompt.ids, **prompt.vision, **settings)
+        assert torch.equal(ours.generate(prompt.ids, **prompt.vision, **settings), expected)
+
+
+@torch.no_grad()
+def test_the_tower_runs_in_the_prefill_only(tmp_path: Path, monkeypatch) -> None:
+    theirs = tiny_vision.build()
+    ours = load(tiny_models.save(theirs, tmp_path))
+    calls = []
+    tower = ours.model.visual
+    forward = tower.forward
+    monkeypatch.setattr(tower, "forward", lambda *a, **k: calls.append(a) or forward(*a, **k))
+    generator = torch.Generator().manual_seed(0)
+    prompt = tiny_vision.make_prompt(theirs.config, [[1, 4, 4], [1, 6, 8]], [[2, 4, 4]], generator)
+    ours.prefill_chunk = 6
+    ours.generate(prompt.ids, **prompt.vision, max_new_tokens=9, do_sample=False)
+    assert len(calls) == 2, "once for all images, once for all videos"
+
+
 @pytest.mark.parametrize("head", [False, True], ids=["untied", "tied"])
 def test_gradients(tmp_path: Path, head: bool) -> None:
     """Loss and gradients of tower and text, images and video, as transformers has them."""

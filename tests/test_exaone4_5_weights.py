@@ -42,7 +42,8 @@ def released_like(folder: Path, **changes: Any) -> None:
     text = values["text_config"]
     text["model_type"] = "exaone4_5_text"
     text["layer_types"].append("sliding_attention")
-    text["rope_parameters"]["rope_theta"] = 1e6
+    rope = text.get("rope_parameters") or text["rope_scaling"]
+    rope["rope_theta"] = 1e6
     text |= {"num_kv_heads": 2, "reorder_qk_norm": True, "video_token_id": None}
     text |= {"tie_word_embeddings": True, "max_window_layers": 4}
     values["vision_config"] |= {"in_chans": 3, "spatial_patch_size": 14, "tokens_per_second": 2}

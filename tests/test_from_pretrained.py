@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"head": "question_answering"}, "head: not available"),
         ({"num_labels": 3}, "num_labels: not available"),
         ({"quantize": "int8"}, "quantize: not available"),
-        ({"mtp": True}, "mtp: not available"),
+        ({"mtp": True}, "mtp: expected a checkpoint with"),
         ({"dtype": "float8"}, "dtype: expected"),
         ({"dtype": torch.int64}, "dtype: expected"),
         ({"backend": "fast"}, "backend"),

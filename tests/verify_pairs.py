@@ -12,7 +12,7 @@ verify = importlib.import_module("exafuse.verification.verify")
 verify_sides = importlib.import_module("exafuse.verification.sides")
 verify_report = importlib.import_module("exafuse.verification.report")
 
-LLAMA, QWEN2, HYBRID, GLOBAL = verify.TINY_CONFIGS
+LLAMA, QWEN2, HYBRID, GLOBAL, PICTURES = verify.TINY_CONFIGS
 
 
 @pytest.fixture(scope="module")

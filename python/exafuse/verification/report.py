@@ -25,6 +25,7 @@ LAYER_RATIO = 1.5
 LOGIT_RATIO = 1.25
 KL_RATIO, KL_FLOOR = 2.0, 1e-6
 WORST_RATIO = 4.0
+_EMBEDDING = "embedding"
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class Report:
 def compare_fp32(ours: Trace, other: Trace, config: ModelConfig, **about: Any) -> Report:
     """Hold two fp32 traces against each other; ``about`` are the report's descriptive fields."""
     layers = []
-    for name, a, b in zip(_layer_names(config), ours.hidden, other.hidden, strict=True):
+    for (name, a), (_, b) in zip(_stages(ours, config), _stages(other, config), strict=True):
         layers.append(_layer_error(name, a, b, FP32_LAYER_LIMIT, FP32_LAYER_LIMIT))
     limit = FP32_LOGIT_LIMIT * float(other.logits.abs().max())
     checks = (
@@ -176,13 +177,12 @@ def compare_half(
     # Half a unit in the last place is what any correct layer may be wrong by; an embedding is
     # looked up and has no error.
     half_ulp = torch.finfo(getattr(torch, about["dtype"])).eps / 2
-    factor = LAYER_RATIO * _slack(len(truth.hidden[0]))
     layers: list[LayerError] = []
-    for name, a, b, exact in zip(
-        _layer_names(config), ours.hidden, yardstick.hidden, truth.hidden, strict=True
+    for (name, a), (_, b), (_, exact) in zip(
+        *(_stages(trace, config) for trace in (ours, yardstick, truth)), strict=True
     ):
-        errors, floor = _row_errors(b, exact), half_ulp if layers else 0.0
-        limit = factor * max(_rms(errors), floor)
+        errors, floor = _row_errors(b, exact), 0.0 if name == _EMBEDDING else half_ulp
+        limit = LAYER_RATIO * _slack(len(exact)) * max(_rms(errors), floor)
         worst_limit = WORST_RATIO * max(float(errors.max()), floor)
         layers.append(_layer_error(name, a, exact, limit, worst_limit))
     slack = _slack(len(truth.logits))
@@ -287,10 +287,12 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _layer_names(config: ModelConfig) -> list[str]:
-    names = ["embedding", *(_layer_name(layer) for layer in config.layers)]
+def _stages(trace: Trace, config: ModelConfig) -> list[tuple[str, Tensor]]:
+    """What a trace holds before the logits, in the order of the computation."""
+    first = f"{_EMBEDDING}, with the features in their places" if trace.tower else _EMBEDDING
+    names = [first, *(_layer_name(layer) for layer in config.layers)]
     names[-1] += ", with the final norm"
-    return names
+    return [*trace.tower.items(), *zip(names, trace.hidden, strict=True)]
 
 
 def _layer_name(layer: LayerPlan) -> str:

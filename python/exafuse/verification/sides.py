@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from exafuse.config import ModelConfig, load_config
+from exafuse.verification.tower_trace import traced_tower
 
 COMPARED_TOKENS = 512  # of a long prompt the last ones are compared: those see the most
 
@@ -18,12 +22,14 @@ class Trace:
 
     ``hidden``: num_layers + 1 tensors ``[tokens, hidden_size]``, embeddings first, the last one
     after the final norm. ``logits [rows, vocab_size]``: the prompt's, then one row per decoded
-    token. ``tokens``: the decoded tokens.
+    token. ``tokens``: the decoded tokens. ``tower``: by name, what the vision tower computed
+    before; see ``traced_tower``.
     """
 
     hidden: tuple[Tensor, ...]
     logits: Tensor
     tokens: tuple[int, ...]
+    tower: dict[str, Tensor] = field(default_factory=dict)
 
 
 def run_side(
@@ -38,15 +44,18 @@ def run_side(
     device: torch.device,
     progress: bool = False,
     chunk: int | None = None,
+    vision: dict[str, Tensor] | None = None,
 ) -> Trace:
     """Load one side, read the prompt, decode ``tokens`` tokens: its own greedy ones, or ``forced``.
 
     The weights are those of the file rounded to ``rounded_to``; ``precision`` is what they are
-    computed in. The model is gone when this returns.
+    computed in. ``vision`` holds the inputs for the placeholders in ``ids``. The model is gone when
+    this returns.
     """
     dtype = getattr(torch, precision)
+    config = load_config(folder)
     if side == "transformers":
-        model = _load_transformers(folder, precision, rounded_to, device)
+        model = _load_transformers(folder, config, precision, rounded_to, device)
     else:
         model = load_exafuse(folder, side, dtype, device, progress)
         if chunk is not None:
@@ -56,7 +65,9 @@ def run_side(
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(getattr(torch, rounded_to)))
     with torch.inference_mode():
-        return _trace(model, ids.to(device), tokens, forced, is_ours=side != "transformers")
+        inputs = {name: value.to(device) for name, value in (vision or {}).items()}
+        is_ours = side != "transformers"
+        return _trace(model, ids.to(device), tokens, forced, inputs, config, is_ours=is_ours)
 
 
 def load_exafuse(
@@ -68,23 +79,32 @@ def load_exafuse(
     return from_pretrained(folder, dtype=dtype, device=device, backend=side, progress=progress)
 
 
-def _load_transformers(folder: Path, precision: str, rounded_to: str, device: torch.device) -> Any:
-    from transformers import AutoModelForCausalLM
+def _load_transformers(
+    folder: Path, config: ModelConfig, precision: str, rounded_to: str, device: torch.device
+) -> Any:
+    import transformers
     from transformers.utils import logging
 
+    options: dict[str, Any] = {}
+    auto_class = transformers.AutoModelForCausalLM
+    if config.vision is not None:
+        auto_class = transformers.AutoModelForImageTextToText
+        # transformers refuses the released file, which has a layer type more than layers.
+        options["config"] = transformers.Exaone4_5_Config.from_dict(config.to_dict())
     had_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         # Always made in the file's rounding: a module cast to bf16 later would round its RoPE
         # frequencies as well. fp32 takes the documented formula, half precision the default.
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class.from_pretrained(
             str(folder),
             dtype=getattr(torch, rounded_to),
             attn_implementation="eager" if precision == "float32" else "sdpa",
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            **options,
         )
     finally:
         logging.set_verbosity(verbosity)
@@ -96,9 +116,27 @@ def _load_transformers(folder: Path, precision: str, rounded_to: str, device: to
 
 
 def _trace(
-    model: Any, ids: Tensor, tokens: int, forced: tuple[int, ...] | None, *, is_ours: bool
+    model: Any,
+    ids: Tensor,
+    tokens: int,
+    forced: tuple[int, ...] | None,
+    vision: dict[str, Tensor],
+    config: ModelConfig,
+    *,
+    is_ours: bool,
 ) -> Trace:
-    out = model(ids, use_cache=True, output_hidden_states=True, logits_to_keep=COMPARED_TOKENS)
+    tower: Any = nullcontext({})
+    if vision:
+        assert config.vision is not None
+        tower = traced_tower(model.model.visual, config.vision, ("image", "video"))
+    with tower as stages:
+        out = model(
+            ids,
+            use_cache=True,
+            output_hidden_states=True,
+            logits_to_keep=COMPARED_TOKENS,
+            **vision,
+        )
     hidden = tuple(state[0, -COMPARED_TOKENS:].float().cpu() for state in out.hidden_states)
     rows = [out.logits[0].float().cpu()]
     cache = out.past_key_values
@@ -115,4 +153,4 @@ def _trace(
             last = model(token, past_key_values=cache, use_cache=True).logits[0, -1]
         last = last.float().cpu()
         rows.append(last[None])
-    return Trace(hidden, torch.cat(rows), tuple(decoded))
+    return Trace(hidden, torch.cat(rows), tuple(decoded), stages)

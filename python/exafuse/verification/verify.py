@@ -8,7 +8,6 @@ from it by a small multiple of what transformers is away in the same dtype.
 from __future__ import annotations
 
 import contextlib
-import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +19,10 @@ from torch import Tensor
 from exafuse.config import ModelConfig, load_config
 from exafuse.errors import TemplateError
 from exafuse.generation.settings import context_length
+from exafuse.verification.pictures import with_pictures
 from exafuse.verification.report import Report, compare_fp32, compare_half
 from exafuse.verification.sides import Trace, run_side
+from exafuse.verification.tiny import TINY_CHUNK, TINY_CONFIGS, TINY_PROMPT_TOKENS, make_tiny
 from exafuse.weights.hub import resolve_folder
 
 SIDES = ("reference", "transformers", "cuda", "emulated")
@@ -44,6 +45,8 @@ def verify(
     progress: bool = False,
 ) -> Report:
     """Compare a checkpoint's output with another computation on the same weights.
+
+    A model with a vision tower also gets two images and a video, of random pixels.
 
     Args:
         folder_or_name: as for ``from_pretrained``.
@@ -82,11 +85,15 @@ def compare_folder(
     progress: bool = False,
     prefill_chunk: int | None = None,
 ) -> Report:
-    """:func:`verify` on prompt ids ``[1, prompt_tokens]`` int64; ``name`` stands in the report.
+    """:func:`verify` on prompt ids ``[1, prompt_tokens]`` int64, before pictures are put between
+    them; ``name`` stands in the report.
 
     ``prefill_chunk`` makes our models read the prompt in pieces of so many tokens.
     """
     config = load_config(folder)
+    vision: dict[str, Tensor] = {}
+    if config.vision is not None:
+        ids, vision = with_pictures(ids, config)
     _check_lengths(ids.shape[1], tokens, config)
     kind = _dtype_name(dtype, config)
     place = _device(device, backend)
@@ -96,6 +103,7 @@ def compare_folder(
     )
     _check_sides(side, against, kind, config)
     common: dict[str, Any] = {"device": place, "progress": progress, "chunk": prefill_chunk}
+    common |= {"vision": vision}
 
     def run(which: str, precision: str, forced: tuple[int, ...] | None) -> Trace:
         return run_side(which, folder, ids, tokens, forced, precision, kind, **common)
@@ -130,10 +138,10 @@ def compare_folder(
 
 
 def _prompt_ids(folder: Path, config: ModelConfig, prompt: str | None) -> Tensor:
-    from exafuse.text.loading import load_processor
+    from exafuse.text.loading import load_processor, tokenizer_of
 
     try:
-        tokenizer = load_processor(folder)
+        tokenizer = tokenizer_of(load_processor(folder))
     except TemplateError:
         if prompt is not None:
             raise
@@ -227,67 +235,6 @@ def _notes(config: ModelConfig, length: int) -> tuple[str, ...]:
 
 # ---- tiny models ----------------------------------------------------------------------------
 
-_TINY = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
-_S, _F = "sliding_attention", "full_attention"
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-# One model per thing that can be wrong in a family; prompt and ring are longer than every window.
-TINY_CONFIGS: dict[str, dict[str, Any]] = {
-    "llama, llama3 RoPE scaling, biases": _TINY
-    | {
-        "model_type": "llama",
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "head_dim": 16,
-        "hidden_size": 96,
-        "attention_bias": True,
-        "mlp_bias": True,
-        "rope_scaling": _LLAMA3,
-    },
-    "qwen2, windows, tied embeddings": _TINY
-    | {
-        "model_type": "qwen2",
-        "num_hidden_layers": 3,
-        "use_sliding_window": True,
-        "sliding_window": 7,
-        "max_window_layers": 1,
-        "tie_word_embeddings": True,
-    },
-    "exaone4, windows with RoPE and global layers without": _TINY
-    | {
-        "model_type": "exaone4",
-        "num_hidden_layers": 4,
-        "sliding_window": 5,
-        "sliding_window_pattern": "LLLG",
-        "layer_types": [_S, _S, _S, _F],
-        "rope_scaling": _LLAMA3,
-    },
-    "exaone4, global, tied embeddings": _TINY
-    | {
-        "model_type": "exaone4",
-        "num_hidden_layers": 3,
-        "sliding_window": None,
-        "layer_types": [_F, _F, _F],
-        "tie_word_embeddings": True,
-    },
-}
-TINY_PROMPT_TOKENS = 150
-TINY_CHUNK = 16  # several prefill chunks, and a ring of 128 slots that wraps
-
 
 def verify_tiny(
     family: str = "all",
@@ -311,7 +258,7 @@ def verify_tiny(
             report = compare_folder(
                 Path(folder),
                 f"tiny {name}",
-                random_ids(TINY_PROMPT_TOKENS, values["vocab_size"]),
+                random_ids(TINY_PROMPT_TOKENS, load_config(values).vocab_size),
                 tokens,
                 backend=backend,
                 against=against,
@@ -331,33 +278,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def make_tiny(
-    values: dict[str, Any], folder: Path, dtype: str | torch.dtype | None = None, seed: int = 0
-) -> None:
-    """Write a random checkpoint for the config ``values``; nothing in it is 0 or 1.
-
-    Norms and biases are random too, since at their initial values they hide mistakes, and the head
-    is scaled so that logits spread as in a trained model (standard deviation about 3).
-    """
-    from exafuse.models import from_config
-
-    config = load_config(values)
-    kind = "float32" if dtype in (None, "auto") else dtype
-    model = from_config(config, dtype=kind, device="cpu", backend="reference", seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    head = 3 / math.sqrt(config.hidden_size)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("norm.weight"):
-                noise = 1 + 0.3 * noise
-            elif name.endswith("bias"):
-                noise = 0.1 * noise
-            elif "embed_tokens" in name or "lm_head" in name:
-                noise = head * noise
-            else:
-                noise = 0.08 * noise
-            parameter.copy_(noise)
-    model.save_pretrained(folder)
