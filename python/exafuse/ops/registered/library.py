@@ -1,0 +1,71 @@
+"""How an op becomes ``torch.ops.exafuse.<op>``: definition, implementation, gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Any: torch leaves its methods untyped.
+_library: Any = torch.library.Library("exafuse", "DEF")  # type: ignore[no-untyped-call]
+registered = torch.ops.exafuse
+
+
+class Direct:
+    """What runs inside a registered op: the ops on plain tensors, without gradients.
+
+    Attributes:
+        ops: the module to take them from; :mod:`exafuse.ops` unless something else is set.
+    """
+
+    ops: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        if self.ops is None:
+            from exafuse import ops
+
+            self.ops = ops
+        return getattr(self.ops, name)
+
+
+direct = Direct()
+
+
+def like(x: Tensor) -> Tensor:
+    """A result of the shape and dtype of ``x``; results of registered ops are contiguous."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define an op.
+
+    Args:
+        schema: name, arguments and results, as torch writes them.
+        run: computes it, on tensors of any device.
+        fake: makes results of the right shape and dtype on tensors without memory.
+    """
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    @torch.no_grad()
+    def implementation(*args: Any, **kwargs: Any) -> Any:
+        results = run(*args, **kwargs)
+        if isinstance(results, Tensor):
+            return results.contiguous()
+        return tuple(x.contiguous() for x in results)
+
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, implementation, device)
+    torch.library.register_fake(f"exafuse::{name}", fake, lib=_library)
+
+
+def differentiate(name: str, save: Callable[..., None], formula: Callable[..., Any]) -> None:
+    """Give an op its gradient.
+
+    Args:
+        save: ``save(ctx, inputs, output)`` keeps what the formula needs.
+        formula: ``formula(ctx, *gradients of the results)`` -> one gradient or None an input.
+    """
+    torch.library.register_autograd(f"exafuse::{name}", formula, setup_context=save, lib=_library)
