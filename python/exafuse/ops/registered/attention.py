@@ -10,8 +10,8 @@ from torch import Tensor
 
 from exafuse.ops.registered.library import differentiate, direct, like, register, registered
 from exafuse.reference import backward
-from exafuse.reference._check import deliver, needs_grad
-from exafuse.reference.attention import refuse, scale_and_window
+from exafuse.reference._check import check_scale, check_window, deliver, needs_grad, refuse
+from exafuse.reference.attention import refuse_pages
 from exafuse.reference.qk_norm_rope import rotate_fp32, split_qkv
 
 _QKV = "Tensor q, Tensor k, Tensor v"
@@ -194,7 +194,8 @@ def flash_attn_func(
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """As :func:`exafuse.reference.flash_attn_func`."""
     refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes)
-    scale, window = scale_and_window(q.shape[-1], softmax_scale, causal, window_size)
+    scale = check_scale(softmax_scale, q.shape[-1])
+    window = check_window(window_size, causal)
     result, log_sums = registered.flash_attn_func(q, k, v, scale, *window)
     return _deliver(result, log_sums, out, lse, return_attn_probs)
 
@@ -221,8 +222,10 @@ def flash_attn_varlen_func(
     lse: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """As :func:`exafuse.reference.flash_attn_varlen_func`."""
-    refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes, block_table=block_table)
-    scale, window = scale_and_window(q.shape[-1], softmax_scale, causal, window_size)
+    refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes)
+    refuse_pages(block_table)
+    scale = check_scale(softmax_scale, q.shape[-1])
+    window = check_window(window_size, causal)
     offsets = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     result, log_sums = registered.flash_attn_varlen_func(q, k, v, *offsets, scale, *window)
     return _deliver(result, log_sums, out, lse, return_attn_probs)
@@ -255,7 +258,8 @@ def flash_attn_with_kvcache(
     refuse(**{name: value for name, value in others.items() if name != "rotary_interleaved"})
     if needs_grad(q, k, v, k_cache, v_cache):
         raise ValueError("flash_attn_with_kvcache has no gradient: call it under torch.no_grad()")
-    scale, window = scale_and_window(q.shape[-1], softmax_scale, causal, window_size)
+    scale = check_scale(softmax_scale, q.shape[-1])
+    window = check_window(window_size, causal)
     if isinstance(cache_seqlens, int):
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         cache_seqlens = q.new_full((batch,), cache_seqlens, dtype=torch.int32)
@@ -285,7 +289,7 @@ def vision_attn(
 ) -> Tensor:
     """As :func:`exafuse.reference.vision_attn`."""
     head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    scale = check_scale(softmax_scale, head_dim)
     heads = (qkv, num_heads, num_kv_heads)
     return deliver(registered.vision_attn(*heads, cos, sin, cu_seqlens, max_seqlen, scale), out)
 
