@@ -77,6 +77,11 @@ PYBIND11_MODULE(EXAFUSE_MODULE, m) {
   m.def("apply_rope", &exafuse::apply_rope, "q"_a, "k"_a, "cos"_a, "sin"_a, "positions"_a,
         "q_out"_a, "k_out"_a, no_gil);
   m.def("silu_and_mul", &exafuse::silu_and_mul, "gate"_a, "up"_a, "out"_a, no_gil);
+  m.def("flash_attn_func", &exafuse::flash_attn_func, "q"_a, "k"_a, "v"_a, "softmax_scale"_a,
+        "window_left"_a, "window_right"_a, "out"_a, "lse"_a, no_gil);
+  m.def("flash_attn_varlen_func", &exafuse::flash_attn_varlen_func, "q"_a, "k"_a, "v"_a,
+        "cu_seqlens_q"_a, "cu_seqlens_k"_a, "max_seqlen_q"_a, "softmax_scale"_a, "window_left"_a,
+        "window_right"_a, "out"_a, "lse"_a, no_gil);
   m.def("vision_attn", &exafuse::vision_attn, "qkv"_a, "num_heads"_a, "num_kv_heads"_a, "cos"_a,
         "sin"_a, "cu_seqlens"_a, "max_seqlen"_a, "softmax_scale"_a, "workspace"_a, "out"_a, no_gil);
   m.def("vision_attn_workspace", &exafuse::vision_attn_workspace, "num_tokens"_a, "num_heads"_a,

@@ -6,10 +6,12 @@
 // banks.
 //
 // The fragment loads name what mma.m16n8k16 makes of them (layouts: ptx.cuh). `row` and `chunk` are
-// the corner of a 16 x 16 block: rows row to row + 15, columns 8 * chunk to 8 * chunk + 15.
+// the corner of a 16 x 16 block: rows row to row + 15, columns 8 * chunk to 8 * chunk + 15; row is
+// a multiple of 8, chunk even.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
@@ -28,14 +30,12 @@ class SharedTile {
   static_assert(sizeof(T) == 2 && kCols % 32 == 0);
 
   SharedTile() = default;
-  __device__ __forceinline__ explicit SharedTile(T* data) : data_(data) {}
+  __device__ __forceinline__ explicit SharedTile(T* data)
+      : data_(data), base_(ptx::smem_addr(data)) {}
 
   // Element offset of a chunk.
   __device__ __forceinline__ static constexpr int offset(int row, int chunk) {
-    // Rows of 128 bytes or a multiple: eight rows cycle through all chunks of a 128-byte line. Rows
-    // of 192 bytes already alternate between the halves of a line; pairs of rows take turns within.
-    const int swizzled = kChunks % 8 == 0 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
-    return row * kCols + swizzled * kChunkElements;
+    return row * kCols + (chunk ^ swizzle(row)) * kChunkElements;
   }
 
   __device__ __forceinline__ T* chunk(int row, int chunk) const {
@@ -49,53 +49,76 @@ class SharedTile {
   template <int kThreads>
   __device__ __forceinline__ void load(const T* source, int64_t row_stride, int begin, int end,
                                        int head_dim, bool wide, int tid) const {
-    constexpr int kTotal = kRows * kChunks;
-    static_assert(kTotal % kThreads == 0);
-    const int last_chunk = head_dim / kChunkElements;
-    if (wide) {
+    const int chunks = head_dim / kChunkElements;
+    if (!wide) {
+      load_elements<kThreads>(source, row_stride, begin, end, chunks, tid);
+    } else if (begin <= 0 && end >= kRows) {
+      // A thread's chunks lie in a few columns, the same in every row.
+      const T* from = source + tid / kLanesPerRow * row_stride;
+      const int64_t step = kRowsPerPass<kThreads> * row_stride;
 #pragma unroll
-      for (int i = 0; i < kTotal / kThreads; ++i) {
-        const int row = (i * kThreads + tid) / kChunks;
-        const int at = (i * kThreads + tid) % kChunks;
-        const bool valid = row >= begin && row < end && at < last_chunk;
-        // The address of a chunk that is not read is that of one that may be.
-        const T* from = source + (valid ? row * row_stride + at * kChunkElements : 0);
-        ptx::cp_async_16(ptx::smem_addr(chunk(row, at)), from, valid);
+      for (int pass = 0; pass < kRows / kRowsPerPass<kThreads>; ++pass) {
+#pragma unroll
+        for (int part = 0; part < kChunks / kLanesPerRow; ++part) {
+          const int row = tid / kLanesPerRow + pass * kRowsPerPass<kThreads>;
+          const int at = tid % kLanesPerRow + part * kLanesPerRow;
+          const bool valid = at < chunks;
+          ptx::cp_async_16(address(row, at), from + (valid ? at * kChunkElements : 0), valid);
+        }
+        from += step;
       }
     } else {
-#pragma unroll 1
-      for (int i = tid; i < kTotal; i += kThreads) {
-        const int row = i / kChunks;
-        const int at = i % kChunks;
-        auto vec = Vec<T, kChunkElements>::zero();
-        if (row >= begin && row < end && at < last_chunk) {
-          vec = Vec<T, kChunkElements>::template load<false>(source + row * row_stride +
-                                                             at * kChunkElements);
-        }
-        vec.store_shared(chunk(row, at));
-      }
+      for_each_own_chunk<kThreads>(tid, [&](int row, int at) {
+        const bool valid = row >= begin && row < end && at < chunks;
+        // The address of a chunk that is not read is that of one that may be.
+        const T* from = source + (valid ? row * row_stride + at * kChunkElements : 0);
+        ptx::cp_async_16(address(row, at), from, valid);
+      });
     }
+  }
+
+  // Whether a chunk that this thread loaded holds a NaN or an infinity. The thread's own copies
+  // have landed; no barrier is needed.
+  template <int kThreads>
+  __device__ __forceinline__ bool has_non_finite(int tid) const {
+    uint32_t found = 0;
+    for_each_own_chunk<kThreads>(tid, [&](int row, int at) {
+      const uint4 word = ptx::load_word<uint4>(chunk(row, at));
+      found |= non_finite(word.x) | non_finite(word.y) | non_finite(word.z) | non_finite(word.w);
+    });
+    return found != 0;
+  }
+
+  // Moves the NaN and infinities of the chunks that this thread loaded to the same place of `rest`.
+  // Each of the two tiles has zero where the other has the element.
+  template <int kThreads>
+  __device__ __forceinline__ void split_non_finite(const SharedTile& rest, int tid) const {
+    for_each_own_chunk<kThreads>(tid, [&](int row, int at) {
+      uint4 word = ptx::load_word<uint4>(chunk(row, at));
+      const uint4 bad{word.x & non_finite(word.x), word.y & non_finite(word.y),
+                      word.z & non_finite(word.z), word.w & non_finite(word.w)};
+      word = uint4{word.x ^ bad.x, word.y ^ bad.y, word.z ^ bad.z, word.w ^ bad.w};
+      ptx::store_shared(chunk(row, at), word);
+      ptx::store_shared(rest.chunk(row, at), bad);
+    });
   }
 
   // Operand a, 16 x 16: a row of the tile is a row of the matrix.
   __device__ __forceinline__ void load_a(uint32_t (&a)[4], int row, int chunk_at) const {
-    const int lane = lane_id();
-    ptx::ldmatrix_x4(a, address(row + lane % 16, chunk_at + lane / 16));
+    ptx::ldmatrix_x4(a, corner(row, chunk_at) + upright(chunk_at));
   }
 
   // Operand a, 16 x 16, transposed: a column of the tile is a row of the matrix.
   __device__ __forceinline__ void load_a_trans(uint32_t (&a)[4], int row, int chunk_at) const {
-    const int lane = lane_id();
-    ptx::ldmatrix_x4_trans(a, address(row + lane / 16 * 8 + lane % 8, chunk_at + lane / 8 % 2));
+    ptx::ldmatrix_x4_trans(a, corner(row, chunk_at) + sideways(chunk_at));
   }
 
   // Operand b twice, 16 x 8 each: a row of the tile is a column of the matrix (q k^T). The first is
   // made of the rows row to row + 7, the second of the eight that follow.
   __device__ __forceinline__ void load_b(uint32_t (&first)[2], uint32_t (&second)[2], int row,
                                          int chunk_at) const {
-    const int lane = lane_id();
     uint32_t b[4];
-    ptx::ldmatrix_x4(b, address(row + lane / 16 * 8 + lane % 8, chunk_at + lane / 8 % 2));
+    ptx::ldmatrix_x4(b, corner(row, chunk_at) + sideways(chunk_at));
     split(b, first, second);
   }
 
@@ -103,19 +126,110 @@ class SharedTile {
   // of the columns of chunk_at, the second of the chunk that follows.
   __device__ __forceinline__ void load_b_trans(uint32_t (&first)[2], uint32_t (&second)[2], int row,
                                                int chunk_at) const {
-    const int lane = lane_id();
     uint32_t b[4];
-    ptx::ldmatrix_x4_trans(b, address(row + lane % 16, chunk_at + lane / 16));
+    ptx::ldmatrix_x4_trans(b, corner(row, chunk_at) + upright(chunk_at));
     split(b, first, second);
   }
 
+  // The two elements of a row that this thread's accumulators of `chunk_at` belong to.
+  __device__ __forceinline__ void load_two(float (&values)[2], int row, int chunk_at) const {
+    const T* const at = chunk(row, chunk_at) + 2 * (lane_id() % 4);
+    values[0] = static_cast<float>(at[0]);
+    values[1] = static_cast<float>(at[1]);
+  }
+
+  // Writes an accumulator c, 16 x 8: rows row to row + 15, columns of `chunk_at`, rounded.
+  __device__ __forceinline__ void store_c(const float (&c)[4], int row, int chunk_at) const {
+    const int lane = lane_id();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      T* const at = chunk(row + 8 * half + lane / 4, chunk_at) + 2 * (lane % 4);
+      *reinterpret_cast<uint32_t*>(at) = ptx::pack2<T>(c[2 * half], c[2 * half + 1]);
+    }
+  }
+
  private:
+  // Lanes side by side copy a row, so that a thread's chunks share their columns and, but for a
+  // multiple of the tile's period, their place in the swizzle.
+  static constexpr int kLanesPerRow = kChunks % 8 == 0 ? 8 : 4;
+  template <int kThreads>
+  static constexpr int kRowsPerPass = kThreads / kLanesPerRow;
+
+  // Calls body(row, chunk) for the chunks that thread `tid` copies.
+  // They are few registers' work at a time: kernels are full when they come here.
+  template <int kThreads, class Body>
+  __device__ __forceinline__ static void for_each_own_chunk(int tid, Body body) {
+    static_assert(kThreads % kLanesPerRow == 0 && kRows % kRowsPerPass<kThreads> == 0);
+#pragma unroll 1
+    for (int pass = 0; pass < kRows / kRowsPerPass<kThreads>; ++pass) {
+#pragma unroll
+      for (int part = 0; part < kChunks / kLanesPerRow; ++part) {
+        body(tid / kLanesPerRow + pass * kRowsPerPass<kThreads>,
+             tid % kLanesPerRow + part * kLanesPerRow);
+      }
+    }
+  }
+
+  template <int kThreads>
+  __device__ __forceinline__ void load_elements(const T* source, int64_t row_stride, int begin,
+                                                int end, int chunks, int tid) const {
+#pragma unroll 1
+    for (int i = tid; i < kRows * kChunks; i += kThreads) {
+      const int row = i / kChunks;
+      const int at = i % kChunks;
+      auto vec = Vec<T, kChunkElements>::zero();
+      if (row >= begin && row < end && at < chunks) {
+        vec = Vec<T, kChunkElements>::template load<false>(source + row * row_stride +
+                                                           at * kChunkElements);
+      }
+      vec.store_shared(chunk(row, at));
+    }
+  }
+
+  // All bits of each half of `two` that is a NaN or an infinity.
+  __device__ __forceinline__ static uint32_t non_finite(uint32_t two) {
+    constexpr uint32_t kExponent = std::is_same_v<T, __nv_bfloat16> ? 0x7f80u : 0x7c00u;
+    const uint32_t low = (two & kExponent) == kExponent ? 0xffffu : 0;
+    const uint32_t high = (two & kExponent << 16) == kExponent << 16 ? 0xffff0000u : 0;
+    return low | high;
+  }
+
   __device__ __forceinline__ static int lane_id() {
     return static_cast<int>(threadIdx.x) % ptx::kWarpSize;
   }
 
   __device__ __forceinline__ uint32_t address(int row, int chunk_at) const {
-    return ptx::smem_addr(chunk(row, chunk_at));
+    return base_ + bytes(offset(row, chunk_at));
+  }
+
+  __device__ __forceinline__ static constexpr uint32_t bytes(int elements) {
+    return static_cast<uint32_t>(elements * static_cast<int>(sizeof(T)));
+  }
+
+  // Rows of 128 bytes or a multiple: eight rows cycle through all chunks of a 128-byte line. Rows
+  // of 192 bytes already alternate between the halves of a line; pairs of rows take turns within.
+  static constexpr int kPeriod = kChunks % 8 == 0 ? 8 : 4;  // chunks that trade places
+  __device__ __forceinline__ static constexpr int swizzle(int row) {
+    return kPeriod == 8 ? row & 7 : row >> 1 & 3;
+  }
+
+  // The address of a chunk for ldmatrix, in three parts: the corner of the block, a constant but
+  // for the tile; the lane's place in the block, the same for all blocks; and the chunk within a
+  // period, whose XOR is a constant, too. Left to itself the compiler keeps an address for every
+  // block.
+  __device__ __forceinline__ uint32_t corner(int row, int chunk_at) const {
+    return base_ + bytes(row * kCols + chunk_at / kPeriod * kPeriod * kChunkElements);
+  }
+  __device__ __forceinline__ static uint32_t in_block(int row, int chunk, int chunk_at) {
+    return bytes(offset(row, chunk)) ^ bytes(chunk_at % kPeriod * kChunkElements);
+  }
+  // Matrices 0 and 1 one below the other, 2 and 3 to their right.
+  __device__ __forceinline__ static uint32_t upright(int chunk_at) {
+    return in_block(lane_id() % 16, lane_id() / 16, chunk_at);
+  }
+  // Matrices 0 and 1 side by side, 2 and 3 below.
+  __device__ __forceinline__ static uint32_t sideways(int chunk_at) {
+    return in_block(lane_id() / 16 * 8 + lane_id() % 8, lane_id() / 8 % 2, chunk_at);
   }
 
   __device__ __forceinline__ static void split(const uint32_t (&both)[4], uint32_t (&first)[2],
@@ -127,6 +241,7 @@ class SharedTile {
   }
 
   T* data_ = nullptr;
+  uint32_t base_ = 0;  // of data_, as ldmatrix and cp.async take it
 };
 
 }  // namespace exafuse

@@ -69,6 +69,29 @@ def apply_rope(
     k_out: Tensor,
 ) -> None: ...
 def silu_and_mul(gate: Tensor, up: Tensor | None, out: Tensor) -> None: ...
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None: ...
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None: ...
 def vision_attn(
     qkv: Tensor,
     num_heads: int,
