@@ -40,11 +40,7 @@ class VisionTower(nn.Module):
         self.merger = PatchMerger(config)
 
     def forward(
-        self,
-        pixel_values: Tensor,
-        grids: list[Grid],
-        backend: ModuleType,
-        collect: list[Tensor] | None = None,
+        self, pixel_values: Tensor, grids: list[Grid], backend: ModuleType
     ) -> tuple[Tensor, Tensor]:
         """Hidden states in window order, and one token per unit in the order of the input.
 
@@ -53,7 +49,6 @@ class VisionTower(nn.Module):
                 together.
             grids: (frames, rows, columns) of patches of each image or video.
             backend: of the ops.
-            collect: gets the patch embeddings, then what each block adds up to, in window order.
 
         Returns:
             ``[num_patches, hidden_size]`` and ``[num_patches / merge_unit, out_hidden_size]``.
@@ -64,15 +59,11 @@ class VisionTower(nn.Module):
         x, delta = self.patch_embed(units.flatten(0, 1)), None
         full = set(self.config.full_attention_blocks)
         for index, block in enumerate(self.blocks):
-            if collect is not None:
-                collect.append(x if delta is None else x + delta)
             segments, longest = layout.cu_windows, layout.max_window
             if index in full:
                 segments, longest = layout.cu_frames, layout.max_frame
             x, delta = block(x, delta, layout, segments, longest, backend)
         tokens, x = self.merger(x, delta, backend)
-        if collect is not None:
-            collect.append(x)
         return x, tokens[layout.inverse]
 
 
