@@ -136,8 +136,7 @@ test: $(STAMPS)/test $(STAMPS)/media emulator
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-quick: $(STAMPS)/test $(STAMPS)/media $(STAMPS)/emulator-plain
-	$(BIN)/python -m pytest -m "not slow" --ignore=tests/test_sanitizers.py \
-	  --ignore=tests/test_damaged_files.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 # Wrong kernels, made by small edits of the sources, must be noticed by the suite.
 test-mutants: $(STAMPS)/test $(STAMPS)/emulator-plain

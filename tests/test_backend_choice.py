@@ -89,6 +89,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow
 def test_the_environment_chooses_for_all_ops(emulated: Backend) -> None:
     code = "from exafuse import ops; print(ops.path, set(p for p, _ in ops.paths().values()))"
     done = run_python(code, EXAFUSE_BACKEND="reference")

@@ -16,6 +16,8 @@ from exafuse import CheckpointError
 from exafuse.weights import loading as weights
 from exafuse.weights.checkpoint import WEIGHTS_NAME, Checkpoint
 
+pytestmark = pytest.mark.slow  # thousands of loads
+
 
 def truncated_loads(folder: Path, path: Path, sizes: list[int]) -> None:
     """Cut a file to each size in turn; every load must end in our exception."""

@@ -189,6 +189,7 @@ def test_unknown_options_are_refused(emulator, name, value):
         emulator.set(name, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ASAN)
 def test_address_and_undefined_behaviour_sanitizers_catch(name):
     build.build("asan")
@@ -197,6 +198,7 @@ def test_address_and_undefined_behaviour_sanitizers_catch(name):
     assert any(re.search(ASAN[name], report) for report in outcome.reports), outcome.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TSAN)
 def test_thread_sanitizer_catches(name):
     build.build("tsan")
@@ -205,6 +207,7 @@ def test_thread_sanitizer_catches(name):
     assert any("data race" in report and TSAN[name] in report for report in outcome.reports)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["asan", "tsan"])
 def test_sanitizers_find_nothing_in_correct_kernels(honesty, variant):
     build.build(variant)
@@ -218,6 +221,7 @@ def test_sanitizers_find_nothing_in_correct_kernels(honesty, variant):
         assert outcome.stdout.count(": passed") == len(right), outcome.stdout
 
 
+@pytest.mark.slow
 def test_a_caught_failure_is_no_report_of_the_sanitizer(honesty):
     build.build("tsan")
     name = "bug lane missing from a collective"
@@ -227,6 +231,7 @@ def test_a_caught_failure_is_no_report_of_the_sanitizer(honesty):
     assert "ok mma bf16: passed" in outcome.stdout
 
 
+@pytest.mark.slow
 def test_contracted_arithmetic_passes_too():
     fast = _load("fast")
     for name in fast.names():

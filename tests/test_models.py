@@ -116,6 +116,7 @@ def rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_parity_bf16(tmp_path: Path) -> None:
     """In bf16 our distance to the fp32 model is at most transformers' own (sdpa): 1.25x each,

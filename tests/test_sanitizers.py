@@ -17,7 +17,7 @@ from emulator import build, coverage, sanitizers
 from emulator.control import SCHEDULES
 from kernel_tests import all_tests
 
-pytestmark = pytest.mark.emulated
+pytestmark = [pytest.mark.emulated, pytest.mark.slow]
 
 TESTS = build.ROOT / "tests"
 KERNEL_TESTS = all_tests()

@@ -26,6 +26,7 @@ NEEDED = (
     (r"\S+: (combine|append)\w*_kernel", ()),  # splits are added up, slots are written: no products
     (r"prefill\w*: ", ("HMMA", "LDSM", "LDGSTS")),
     (r"decode\w*: ", ("HMMA", "LDSM", "LDGSTS")),
+    (r"vision_rope: ", ()),  # the rotation of whole frames
     (r"vision\w*: ", ("HMMA", "LDSM")),
     (r"(rms_norm|qk_norm_rope|silu_and_mul): ", ()),
 )

@@ -32,6 +32,7 @@ for dtype in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_of_loading(tmp_path: Path) -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 4096}
     files.make(tmp_path / "tiny", "llama")
