@@ -167,6 +167,7 @@ def test_gradients(tmp_path: Path, head: bool) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_parity_bf16(tmp_path: Path) -> None:
     """In bf16 our distance to the fp32 model is at most transformers' own (sdpa): 1.25x each,
     1.05x in the geometric mean."""
