@@ -86,4 +86,11 @@ PYBIND11_MODULE(EXAFUSE_MODULE, m) {
         "sin"_a, "cu_seqlens"_a, "max_seqlen"_a, "softmax_scale"_a, "workspace"_a, "out"_a, no_gil);
   m.def("vision_attn_workspace", &exafuse::vision_attn_workspace, "num_tokens"_a, "num_heads"_a,
         "num_kv_heads"_a, "head_dim"_a, "max_seqlen"_a);
+  m.def("flash_attn_with_kvcache", &exafuse::flash_attn_with_kvcache, "q"_a, "k_cache"_a,
+        "v_cache"_a, "k"_a, "v"_a, "cache_seqlens"_a, "cache_batch_idx"_a, "cache_leftpad"_a,
+        "block_table"_a, "softmax_scale"_a, "window_left"_a, "window_right"_a, "cu_seqlens_q"_a,
+        "max_seqlen_q"_a, "ring"_a, "workspace"_a, "out"_a, "lse"_a, no_gil);
+  m.def("flash_attn_with_kvcache_workspace", &exafuse::flash_attn_with_kvcache_workspace,
+        "total_q"_a, "max_seqlen_q"_a, "num_heads"_a, "head_dim"_a, "key_capacity"_a,
+        "window_left"_a);
 }

@@ -107,3 +107,31 @@ def vision_attn(
 def vision_attn_workspace(
     num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, max_seqlen: int
 ) -> int: ...
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cache_seqlens: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int,
+    ring: bool,
+    workspace: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None: ...
+def flash_attn_with_kvcache_workspace(
+    total_q: int,
+    max_seqlen_q: int,
+    num_heads: int,
+    head_dim: int,
+    key_capacity: int,
+    window_left: int,
+) -> int: ...
