@@ -13,6 +13,7 @@ import pytest
 import torch
 from command_line import SOURCE, exit_code, run
 from exafuse.cli import commands as cli
+from exafuse.cli import registry
 
 CONFIG = Path(__file__).parent / "data" / "configs" / "llama-2-7b.json"
 
@@ -23,7 +24,7 @@ def test_help_names_every_command(capsys):
     for name in ("info", "generate", "chat", "verify", "plan"):
         assert f"\n    {name} " in text
         assert exit_code([name, "--help"]) == 0
-        assert cli.COMMANDS[name][0].split()[0] in capsys.readouterr().out
+        assert registry.COMMANDS[name][0].split()[0] in capsys.readouterr().out
 
 
 def test_version(capsys):
@@ -38,8 +39,10 @@ def test_version(capsys):
         (["fly"], "invalid choice: 'fly'"),
         (["plan"], "model"),
         (["plan", "x", "--context", "many"], "--context"),
-        (["generate", "x", "y", "--image", "a.png"], "--image"),
-        (["generate", "x", "y", "--video", "a.mp4"], "--video"),
+        (["generate", "x", "y", "--image"], "--image"),
+        (["generate", "x", "y", "--video"], "--video"),
+        (["generate", "x", "y", "--draft", "luck"], "--draft"),
+        (["generate", "mistyped", "y"], "a Hub name has the form 'owner/model'"),
         (["generate", "x", "y", "--dtype", "int4"], "--dtype"),
         (["generate", "x", "y", "--top-k", "1.5"], "--top-k"),
         (["generate", "no/such", "y"], "no such folder"),
@@ -58,9 +61,9 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(argv, words, capsys):
 
 
 def test_a_new_command_is_one_function(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "COMMANDS", dict(cli.COMMANDS))
+    monkeypatch.setattr(registry, "COMMANDS", dict(registry.COMMANDS))
 
-    @cli.command("greet", "Say hello.")
+    @registry.command("greet", "Say hello.")
     def _greet(parser):
         parser.add_argument("name")
 
@@ -79,13 +82,13 @@ def test_a_new_command_is_one_function(monkeypatch, capsys):
 @pytest.fixture
 def failing(monkeypatch):
     """Have `exafuse fail` raise what the test wants."""
-    monkeypatch.setattr(cli, "COMMANDS", dict(cli.COMMANDS))
+    monkeypatch.setattr(registry, "COMMANDS", dict(registry.COMMANDS))
 
     def use(error):
         def run(_arguments):
             raise error
 
-        cli.command("fail", "Fail.")(lambda _parser: run)
+        registry.command("fail", "Fail.")(lambda _parser: run)
         return cli.main(["fail"])
 
     return use
@@ -143,14 +146,14 @@ def test_errors_cannot_control_the_terminal(tmp_path, capsys):
 
 
 def test_warnings_are_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "COMMANDS", dict(cli.COMMANDS))
+    monkeypatch.setattr(registry, "COMMANDS", dict(registry.COMMANDS))
 
     def run(_arguments):
         warnings.simplefilter("always")
         warnings.warn("two\nlines", UserWarning, stacklevel=1)
         return 0
 
-    cli.command("warn", "Warn.")(lambda _parser: run)
+    registry.command("warn", "Warn.")(lambda _parser: run)
     before = warnings.showwarning
     assert cli.main(["warn"]) == 0
     assert capsys.readouterr().err == "exafuse: warning: two lines\n"

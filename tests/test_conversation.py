@@ -150,6 +150,7 @@ def test_chat_needs_a_template(tmp_path, capsys):
     assert "exafuse generate" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_chat_from_a_pipe(tmp_path):
     chat_folder = make_folder(tmp_path, "qwen2")
     argv = ["chat", str(chat_folder), "--device", "cpu", "--max-new-tokens", "4"]
@@ -159,6 +160,7 @@ def test_chat_from_a_pipe(tmp_path):
     assert ">" not in done.stdout.splitlines()[0][:1]
 
 
+@pytest.mark.slow
 def test_chat_at_a_terminal_survives_ctrl_c(tmp_path):
     """A real pseudo-terminal: prompt, an endless answer, Ctrl-C, then /exit."""
     folder = make_folder(tmp_path, "qwen2", max_position_embeddings=100_000, eos_token_id=None)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from command_line import Terminal, exit_code, make_folder, run
 from exafuse.cli import commands as cli
-from exafuse.cli import terminal
+from exafuse.cli import flags, terminal
 from exafuse.cli.terminal import DIM, PLAIN, AnswerPrinter, prefill_bar, without_controls
 from exafuse.text.chat import chat, load_processor
 
@@ -36,6 +36,7 @@ def generate(folder, *argv):
     return cli.main(["generate", str(folder), *argv, "--device", "cpu", "--max-new-tokens", "12"])
 
 
+@pytest.mark.slow
 def test_output_that_the_encoding_cannot_hold(chat_folder):
     argv = ["generate", str(chat_folder), "배", "--device", "cpu", "--max-new-tokens", "3"]
     done = run(argv, env={"PYTHONIOENCODING": "ascii"})
@@ -112,19 +113,28 @@ def test_stop_text(folder, capsys):
         (["--presence-penalty", "1.5"], {"presence_penalty": 1.5}),
         (["--seed", "3", "--max-new-tokens", "9"], {"seed": 3, "max_new_tokens": 9}),
         (["--stop", "a", "--stop", "b"], {"stop_strings": ["a", "b"]}),
+        (["--draft", "mtp", "--draft-tokens", "2"], {"draft": "mtp", "num_draft_tokens": 2}),
     ],
 )
 def test_sampling_options(argv, expected):
     parser = argparse.ArgumentParser()
-    cli.add_sampling_arguments(parser)
-    assert cli.sampling_options(parser.parse_args(argv)) == expected
+    flags.add_sampling_arguments(parser)
+    assert flags.sampling_options(parser.parse_args(argv)) == expected
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--temperature", "-1"], "temperature"),
-        (["--top-p", "1.5"], "top_p"),
+        (
+            ["--temperature", "-1"],
+            "error: --temperature: expected above 0 (for greedy decoding use",
+        ),
+        (["--temperature", "-1"], "use --temperature 0), got -1.0"),
+        (["--top-p", "1.5"], "error: --top-p: expected above 0"),
+        (["--max-new-tokens", "0"], "error: --max-new-tokens: expected at least 1"),
+        (["--seed", "-3"], "error: --seed: expected"),
+        (["--draft", "mtp"], "draft"),
+        (["--image", "a.png"], "an image needs the chat template"),
         (["--thinking"], "--thinking needs the chat template, but this checkpoint has no"),
         (["--no-thinking"], "--thinking needs"),
         (["--preset", "exaone4-reasoning"], "--preset needs"),
@@ -139,6 +149,57 @@ def test_values_that_cannot_be(folder, argv, words, capsys):
     text = capsys.readouterr().err
     assert text.startswith("exafuse: error: ")
     assert words in text
+
+
+@pytest.mark.parametrize(
+    ("message", "given", "expected"),
+    [
+        ("top_p: out of range", ["top_p"], "--top-p: out of range"),
+        ("top_p: out of range", [], "top_p: out of range"),  # of a file, then
+        ("stop_strings: expected text", ["stop_strings"], "--stop: expected text"),
+        ("thinking=False: no switch", ["thinking"], "--no-thinking: no switch"),
+        ("thinking=True: no mode", ["thinking"], "--thinking: no mode"),
+        ("config.json: top_p: 3", ["top_p"], "config.json: top_p: 3"),
+        ("videos[0]: with fps or num_frames", [], "videos[0]: with --fps or --num-frames"),
+        ("no colon in this top_p", ["top_p"], "no colon in this top_p"),
+    ],
+)
+def test_errors_name_flags_and_not_keywords(message, given, expected):
+    assert flags.in_flags(message, given) == expected
+
+
+def test_thinking_where_there_is_no_such_mode(chat_folder, capsys):
+    assert generate(chat_folder, "x", "--thinking") == 2
+    assert "error: --thinking: the chat template of this checkpoint" in capsys.readouterr().err
+
+
+def test_images_for_a_model_that_does_not_see(chat_folder, capsys):
+    assert generate(chat_folder, "x", "--image", "a.png") == 2
+    assert "this checkpoint reads text only" in capsys.readouterr().err
+    assert generate(chat_folder, "x", "--raw", "--image", "a.png") == 2
+    assert "an image needs the chat template, but --raw was given" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path, capsys):
+    assert generate(tmp_path, "x") == 2
+    assert "it has no config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("raw", [[], ["--raw"]], ids=["answer", "plain text"])
+def test_an_answer_that_the_default_limit_ends(chat_folder, capsys, monkeypatch, raw):
+    monkeypatch.setattr("exafuse.text.chat.DEFAULT_MAX_NEW_TOKENS", 7)
+    monkeypatch.setattr("exafuse.cli.answering.DEFAULT_RAW_TOKENS", 7)
+    argv = ["generate", str(chat_folder), "x", "--device", "cpu", *raw]
+    assert cli.main(argv) == 0
+    notice = "[cut off after 7 tokens; --max-new-tokens N allows more]\n"
+    assert capsys.readouterr().err == notice
+    assert cli.main([*argv, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    assert cli.main([*argv, "--max-new-tokens", "5"]) == 0  # the limit was wished
+    assert capsys.readouterr().err == ""
+    assert cli.main([*argv, "--stop", "e", "--stop", "a", "--seed", "1"]) == 0
+    assert exit_code(["generate", "--help"]) == 0
+    assert "1024 for an answer and 512 for plain text" in " ".join(capsys.readouterr().out.split())
 
 
 def test_raw_and_thinking_exclude_each_other(chat_folder, capsys):

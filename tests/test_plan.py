@@ -20,7 +20,7 @@ GIB = 2**30
 RELEASED = {
     "exaone-4.0-1.2b": (30, 0, "post", 1, 1.28),
     "exaone-4.0-32b": (64, 48, "post", 2, 32.0),
-    "exaone-4.5-33b": (64, 48, "post", 2, 32.5),
+    "exaone-4.5-33b": (64, 48, "post", 2, 34.4),
     "llama-2-7b": (32, 0, "pre", 1, 6.74),
     "llama-3-8b": (32, 0, "pre", 1, 8.03),
     "llama-3.1-8b": (32, 0, "pre", 1, 8.03),
@@ -167,12 +167,37 @@ def test_json(capsys):
     assert (result["context"], result["batch_size"], result["dtype"]) == (8192, 2, "float16")
     assert len(result["layers"]) == result["num_layers"] == 64
     assert result["cache_bytes"] == sum(layer["cache_bytes"] for layer in result["layers"])
+    assert (result["vision"]["depth"], result["num_mtp_layers"]) == (28, 1)
     assert result["groups"][1] == {
         "first": 3,
         "last": 3,
         "count": 1,
         "layer": "all tokens, NoPE, post-norm",
     }
+
+
+def test_a_context_beyond_the_models_is_remarked_on(capsys):
+    file = str(CONFIGS / "llama-2-7b.json")  # 4,096 positions
+    for context, beyond in ((4096, False), (4097, True)):
+        assert main(["plan", file, "--context", str(context)]) == 0
+        text = "note: the model reads at most 4,096 tokens; 4,097 are beyond that"
+        assert (text in capsys.readouterr().out) is beyond
+        assert main(["plan", file, "--context", str(context), "--json"]) == 0
+        assert bool(json.loads(capsys.readouterr().out)["notes"]) is beyond
+    stretched = json.loads((CONFIGS / "llama-2-7b.json").read_text())
+    stretched["rope_scaling"] = {"rope_type": "linear", "factor": 4.0}
+    assert plan(stretched, 16384).notes == ()
+    assert plan(stretched, 16385).notes
+
+
+def test_what_a_model_that_sees_has_besides(capsys):
+    assert main(["plan", str(CONFIGS / "exaone-4.5-33b.json")]) == 0
+    text = capsys.readouterr().out
+    assert "vision tower: 28 blocks, hidden 2,048, heads 32/8, windows of 112 pixels" in text
+    assert "whole frames in blocks 6, 13, 20, 27" in text
+    assert "MTP head: 1 layer" in text
+    assert main(["plan", str(CONFIGS / "llama-2-7b.json")]) == 0
+    assert "tower" not in capsys.readouterr().out
 
 
 def test_folder_and_mapping_and_file_agree(tmp_path):

@@ -84,6 +84,7 @@ def needs_torchvision() -> None:
         pytest.skip(f"needs torchvision, installed or in {torchvision_shim.FOLDER}")
 
 
+@pytest.mark.slow
 def test_everything_equals_autoprocessor_with_torchvision():
     """tests/torchvision_parity.py: images and clips, both ways of calling, bitwise."""
     needs_torchvision()
@@ -98,6 +99,7 @@ def test_everything_equals_autoprocessor_with_torchvision():
     print([line for line in done.stdout.splitlines() if "differ by one level" in line])
 
 
+@pytest.mark.slow
 def test_a_torchvision_that_does_not_load_is_named(folder):
     """Installed beside a torch that it was not built for: transformers tries to import it."""
     if not torchvision_shim.FOLDER.is_dir():

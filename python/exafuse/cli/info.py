@@ -7,14 +7,19 @@ the rest go on, so that the report also works on the broken installation it is n
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from exafuse.cli.info_probes import LIBRARIES, PROBES, Probe
 
 SCHEMA = 1
 PATHS = "path of each op"
-REINSTALL = "pip install --force-reinstall --no-cache-dir --no-deps exafuse"
+REINSTALL = "pip install --force-reinstall --no-cache-dir --no-deps"
 
 
 def report() -> dict[str, Any]:
@@ -119,16 +124,31 @@ def _problems(result: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _rebuild() -> str:
+    """How, from the folder with the sources that this installation was made from, if pip noted
+    one: no package index has exafuse under this name."""
+    try:
+        origin = json.loads(distribution("exafuse").read_text("direct_url.json") or "{}")
+        folder = Path(url2pathname(urlsplit(str(origin["url"])).path))
+        is_folder = "dir_info" in origin and (folder / "pyproject.toml").is_file()
+    except (PackageNotFoundError, OSError, ValueError, KeyError):
+        is_folder = False
+    if not is_folder:
+        return f"with `{REINSTALL} .` in the folder with exafuse's sources"
+    editable = "--editable " if origin["dir_info"].get("editable") else ""
+    return f"with `{REINSTALL} {editable}{shlex.quote(str(folder))}`"
+
+
 def _advice(result: Mapping[str, Any]) -> list[str]:
     advice = []
     mode = result["build"]["mode"]
     if isinstance(mode, str) and not mode.startswith("CUDA extension"):
         advice.append(
             "pip keeps wheels that it built: after installing a compiler or the CUDA toolkit,"
-            f" rebuild with `{REINSTALL}`"
+            f" rebuild {_rebuild()}"
         )
     if isinstance(mode, dict):
-        advice.append(f"the compiled extension does not load: rebuild it with `{REINSTALL}`")
+        advice.append(f"the compiled extension does not load: rebuild it {_rebuild()}")
     if isinstance(result["gpu"]["devices"], list) and "CUDA none" in str(
         result["libraries"]["import torch"]
     ):

@@ -78,6 +78,19 @@ class Plan:
     def weight_bytes(self) -> int:
         return self.config.num_parameters() * DTYPE_BYTES[self.dtype]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the figures do not say."""
+        limit = self.config.max_position_embeddings
+        if self.context > limit:
+            # Imports torch, which planning does without otherwise.
+            from exafuse.generation.settings import context_length
+
+            limit = context_length(self.config)
+        if self.context <= limit:
+            return ()
+        return (f"the model reads at most {limit:,} tokens; {self.context:,} are beyond that",)
+
     def groups(self) -> Iterator[tuple[int, int, PlannedLayer]]:
         """Runs of equal consecutive layers: (first index, last index, the first layer of the
         run)."""
@@ -109,6 +122,8 @@ class Plan:
             "head_dim": config.head_dim,
             "vocab_size": config.vocab_size,
             "max_position_embeddings": config.max_position_embeddings,
+            "vision": None if config.vision is None else dataclasses.asdict(config.vision),
+            "num_mtp_layers": len(config.mtp_layer_types),
             "rope": dataclasses.asdict(config.rope),
             "num_parameters": config.num_parameters(),
             "weight_bytes": self.weight_bytes,
@@ -116,6 +131,7 @@ class Plan:
             "batch_size": self.batch_size,
             "dtype": self.dtype,
             "cache_bytes": self.cache_bytes,
+            "notes": list(self.notes),
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "groups": [
                 {"first": first, "last": last, "count": last - first + 1, "layer": layer.describe()}
@@ -125,15 +141,15 @@ class Plan:
 
     def __str__(self) -> str:
         config = self.config
-        text_only = ", text part" if config.model_type == "exaone4_5" else ""
         saving = ""
         if self.cache_bytes < self.full_cache_bytes:
             saving = f" ({format_bytes(self.full_cache_bytes)} if every layer kept all tokens)"
         lines = [
-            f"{config.model_type}{text_only}: {config.num_layers} layers, hidden"
+            f"{config.model_type}: {config.num_layers} layers, hidden"
             f" {config.hidden_size:,}, MLP {config.intermediate_size:,}, heads"
             f" {config.num_heads}/{config.num_kv_heads} of {config.head_dim}, vocabulary"
             f" {config.vocab_size:,}",
+            *_describe_vision(config),
             f"{config.num_parameters():,} parameters = {format_bytes(self.weight_bytes)} in"
             f" {self.dtype}",
             f"RoPE {_describe_rope(config)}, up to {config.max_position_embeddings:,} positions",
@@ -158,6 +174,7 @@ class Plan:
         for row in rows:
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             lines.append("  ".join(cells).rstrip())
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -306,6 +323,21 @@ def _locate(source: str | Path | Mapping[str, Any]) -> Path | Mapping[str, Any]:
             f"{name}: not a folder here, and config.json cannot be had from the Hub:"
             f" {type(error).__name__}: {error}"
         ) from error
+
+
+def _describe_vision(config: ModelConfig) -> list[str]:
+    """What a model that sees has besides the layers below, which the cache is for."""
+    vision, lines = config.vision, []
+    if vision is not None:
+        full = ", ".join(map(str, sorted(vision.full_attention_blocks)))
+        lines.append(
+            f"vision tower: {vision.depth} blocks, hidden {vision.hidden_size:,}, heads"
+            f" {vision.num_heads}/{vision.num_kv_heads}, windows of {vision.window_size} pixels,"
+            f" whole frames in blocks {full or 'none'}"
+        )
+    if config.mtp_layer_types:
+        lines.append(f"MTP head: {len(config.mtp_layer_types)} layer, with a cache of its own")
+    return lines
 
 
 def _describe_rope(config: ModelConfig) -> str:

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from exafuse.text.loading import tokenizer_of
 from exafuse.text.messages import THINK_OPEN
 from exafuse.text.reply import hidden_ids, reply_text, split_thinking
 from exafuse.text.streaming import ReplyStreamer
@@ -26,8 +27,14 @@ def without_controls(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
+def cut_off(num_tokens: int) -> str:
+    """What is said of an answer that the default limit ended."""
+    return f"[cut off after {num_tokens:,} tokens; --max-new-tokens N allows more]"
+
+
 class AnswerPrinter:
-    """A streamer that prints a reply as it comes, and remembers it.
+    """A streamer that prints a reply as it comes, and remembers it. ``tokenizer``: a tokenizer or
+    a processor.
 
     On a terminal the thought is dimmed and its tags are left out; elsewhere (and under NO_COLOR)
     the text is printed with its tags, the one that the prompt ended with included.
@@ -35,7 +42,7 @@ class AnswerPrinter:
 
     def __init__(self, tokenizer: Any, stream: TextIO | None = None) -> None:
         self.stream = sys.stdout if stream is None else stream
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer = tokenizer_of(tokenizer)
         self.is_terminal = is_terminal(self.stream)
         dims = self.is_terminal and "NO_COLOR" not in os.environ
         self._streamer = ReplyStreamer(tokenizer, self._write, thinking="dim" if dims else "show")

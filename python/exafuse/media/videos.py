@@ -65,6 +65,16 @@ def read_video(source: Any, choose: ChooseFrames, where: str = "video") -> np.nd
 def _decode(
     source: str | os.PathLike[str], choose: ChooseFrames, where: str
 ) -> np.ndarray[Any, Any]:
+    header = read_header(source, where)
+    path = regular_file(source, where)
+    indices = choose(header)  # outside: what it raises is not about the file
+    wanted = range(header.num_frames) if indices is None else indices
+    with media_errors(f"{where}: {path} cannot be decoded"), _opened(path) as container:
+        return _frames(container, header, wanted, f"{where}: {path}")
+
+
+def read_header(source: str | os.PathLike[str], where: str = "video") -> VideoHeader:
+    """What a video file says about itself; nothing is decoded. Errors as :func:`read_video`."""
     path = regular_file(source, where)
     try:
         import av  # noqa: F401
@@ -75,10 +85,7 @@ def _decode(
     with media_errors(f"{where}: {path} cannot be read as a video"), _opened(path) as container:
         header = _header(container, f"{where}: {path}")
     check_size(header.width, header.height, where)
-    indices = choose(header)  # outside: what it raises is not about the file
-    wanted = range(header.num_frames) if indices is None else indices
-    with media_errors(f"{where}: {path} cannot be decoded"), _opened(path) as container:
-        return _frames(container, header, wanted, f"{where}: {path}")
+    return header
 
 
 @contextmanager

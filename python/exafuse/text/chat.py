@@ -15,6 +15,7 @@ from exafuse.text.encoding import encode_chat, encode_conversation
 from exafuse.text.loading import load_processor, tokenizer_of
 from exafuse.text.messages import Message, Tool
 from exafuse.text.reply import Reply, hidden_ids, parse_reply, reply_text
+from exafuse.text.settings import DEFAULT_MAX_NEW_TOKENS
 from exafuse.text.streaming import ReplyStreamer
 from exafuse.text.template import mentions_tools, template_source
 from exafuse.text.tool_calls import MalformedToolCall, ToolCall, tool_call_style
@@ -30,10 +31,6 @@ __all__ = [
     "encode_chat",
     "load_processor",
 ]
-
-# The length of a reply where neither the call nor the checkpoint sets one: the usual default of 20
-# tokens would cut every answer off.
-DEFAULT_MAX_NEW_TOKENS = 1024
 
 
 @dataclass(frozen=True)
