@@ -140,7 +140,7 @@ def decision(tokens: list[list[int]], columns: int) -> Decision:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("chunk", [5, 16, 2048])
+@pytest.mark.parametrize("chunk", [pytest.param(5, marks=pytest.mark.slow), 16, 2048])
 def test_drafts_after_rollbacks_equal_those_of_a_head_that_reads_all_anew(chunk: int) -> None:
     """A ragged batch whose rows advance by unequal steps, until its rings wrap."""
     m = model(3)
@@ -183,3 +183,11 @@ def test_drafts_after_rollbacks_equal_those_of_a_head_that_reads_all_anew(chunk:
 def test_a_head_of_another_depth_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"num_nextn_predict_layers: expected 1, got 2; .*mtp=Fa"):
         MTPHead(model().config.with_mtp_layers(2))
+
+
+def test_an_untrained_head_changes_no_answer() -> None:
+    m = model(2)
+    m.prefill_chunk = 16
+    ids = torch.randint(1, 97, (3, 25), generator=torch.Generator().manual_seed(0))
+    plain = m.generate(ids, max_new_tokens=30)
+    assert torch.equal(m.generate(ids, max_new_tokens=30, draft="mtp"), plain)

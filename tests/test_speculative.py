@@ -69,6 +69,7 @@ def compare(plain: GenerateOutput, drafted: Tensor, columns: int) -> int:
     return ties
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_answers_to_many_prompts_are_the_same(model: CausalLM, kind: str) -> None:
     """560 prompts, 80 of them alone, the rest in left-padded batches of unequal acceptance."""
@@ -178,6 +179,7 @@ def draws(m: CausalLM, ids: Tensor, kind: str | None, seed: int, **sampling: Any
     )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("sampling", [PLAIN, RICH], ids=["plain", "rich"])
@@ -195,6 +197,7 @@ def test_drafts_leave_the_distribution_alone(
     assert rate is None or 0.02 < rate < 0.98
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_chi_square_test_notices_wrong_acceptance(

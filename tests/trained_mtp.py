@@ -11,8 +11,11 @@ import random
 from typing import Any
 
 import exafuse
+import pytest
 import torch
 import torch.nn.functional as F
+from exafuse.generation import speculative
+from exafuse.generation.acceptance import Decision
 from exafuse.layers import Step
 from exafuse.models.causal_lm import CausalLM
 from exafuse.rotary import RotaryState
@@ -122,3 +125,29 @@ def trained() -> CausalLM:
     model.eval()
     model.prefill_chunk = 32  # short prompts are read in several chunks
     return model.requires_grad_(False)
+
+
+def padded_prompts() -> tuple[Tensor, Tensor]:
+    """Ids and mask ``[5, 30]`` of left-padded prompts of 30, 1, 7, 19 and 2 tokens."""
+    ids = Phrases(11).batch(5, 30)
+    mask = (torch.arange(30) >= 30 - torch.tensor([30, 1, 7, 19, 2])[:, None]).long()
+    return ids * mask, mask
+
+
+def length_of(answer: list[int], eos: list[int]) -> int:
+    """Tokens up to the first of these ids."""
+    ends = [at for at, token in enumerate(answer) if token in eos]
+    return ends[0] + 1 if ends else len(answer)
+
+
+def watch_decisions(monkeypatch: pytest.MonkeyPatch) -> list[Decision]:
+    """A list that every decision about drafts will be put into."""
+    taken: list[Decision] = []
+    decide = speculative.decide
+
+    def watched(*args: Any, **kwargs: Any) -> Decision:
+        taken.append(decide(*args, **kwargs))
+        return taken[-1]
+
+    monkeypatch.setattr(speculative, "decide", watched)
+    return taken
