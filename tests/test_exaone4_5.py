@@ -15,6 +15,7 @@ from test_models import assert_same, relative, rms, splits
 from torch import Tensor
 
 NUM_CASES = 120
+NUM_QUICK = 8
 
 
 def load(folder: Path, **kwargs: object) -> Exaone4_5:
@@ -23,8 +24,16 @@ def load(folder: Path, **kwargs: object) -> Exaone4_5:
     return model
 
 
+def cases() -> list[object]:
+    """All, of which `make test-quick` takes the first."""
+    return [
+        pytest.param(case, id=str(case), marks=[pytest.mark.slow] if case.seed >= NUM_QUICK else [])
+        for case in map(tiny_vision.random_case, range(NUM_CASES))
+    ]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("case", [tiny_vision.random_case(s) for s in range(NUM_CASES)], ids=str)
+@pytest.mark.parametrize("case", cases())
 def test_parity_fp32(case: tiny_vision.Case, tmp_path: Path) -> None:
     """Features, one call, a prefill in chunks, decoding, left padding: the same on both sides."""
     theirs = case.build()
@@ -66,6 +75,7 @@ def test_parity_fp32(case: tiny_vision.Case, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(0, NUM_CASES, 6))
 def test_left_padded_batch(seed: int, tmp_path: Path) -> None:
     """Rows with different pictures: features go to their own row, padding stays out."""

@@ -79,6 +79,7 @@ BAD_NAMES = {
     "owner/../model": "no such folder",
     "owner/..": "no such folder",
     "owner--model": "no such folder",
+    "smollm": "no such folder",  # more likely a folder's name mistyped than the Hub's gpt2
     "models--owner--model": "no such folder",
     "owner\\model": "no such folder",
     "C:\\models\\x": "no such folder",
@@ -112,6 +113,26 @@ def test_a_file_instead_of_a_folder(cache: Path, tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(CheckpointError, match=r"is no folder; expected the folder with"):
         hub.resolve_folder(str(path))
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_config_of_a_name_that_is_none(cache: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match=BAD_NAMES[name]):
+        hub.resolve_config(name)
+
+
+def test_config_of_a_folder_a_file_and_a_name(cache: Path, tmp_path: Path, monkeypatch) -> None:
+    files.make(tmp_path / "source")
+    config = tmp_path / "source" / "config.json"
+    assert hub.resolve_config(config) == config
+    assert hub.resolve_config(str(config.parent)) == config
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE=1"):
+        hub.resolve_config(NAME)
+    snapshot = lay_out(cache, config.parent)
+    for path in [*snapshot.iterdir()]:
+        if path.name != "config.json":
+            path.unlink()  # nothing else is needed
+    assert hub.resolve_config(NAME).read_bytes() == config.read_bytes()
 
 
 @pytest.mark.parametrize(

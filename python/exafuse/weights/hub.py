@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from exafuse.errors import CheckpointError
@@ -16,7 +17,7 @@ ALLOWED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"
 NEVER = ("*/*", "*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.so")
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
-_HUB_NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
+_HUB_NAME = re.compile(rf"{_PART}/{_PART}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*")
 
 
@@ -35,10 +36,7 @@ def resolve_folder(name_or_folder: str | Path, revision: str | None = None) -> P
             ``HF_HUB_OFFLINE=1``, the files are not in the cache.
         ValueError: a revision that is none, or one given for a folder.
     """
-    name = os.fspath(name_or_folder)
-    if not isinstance(name, str) or not name:
-        raise CheckpointError(f"expected a checkpoint folder or a Hub name, got {shorten(name)}")
-    folder = Path(os.path.expanduser(name))
+    name, folder = _as_path(name_or_folder)
     if os.path.isdir(folder):
         if revision is not None:
             raise ValueError(
@@ -50,7 +48,28 @@ def resolve_folder(name_or_folder: str | Path, revision: str | None = None) -> P
         raise ValueError(
             f"revision: expected a branch, a tag or a commit of {name}, got {shorten(revision)}"
         )
-    return _download(name, revision)
+    return _download(name, revision, ALLOWED)
+
+
+def resolve_config(name_or_path: str | Path) -> Path:
+    """The config.json of a folder, an existing file as it is, or the config.json of a Hub name.
+
+    Of a Hub name nothing but that file is asked for. Errors are those of :func:`resolve_folder`.
+    """
+    name, path = _as_path(name_or_path)
+    if os.path.isfile(path):
+        return path
+    if not os.path.isdir(path):
+        _check_hub_name(name, path)
+        path = _download(name, None, ("config.json",))
+    return path / "config.json"
+
+
+def _as_path(name_or_path: str | Path) -> tuple[str, Path]:
+    name = os.fspath(name_or_path)
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"expected a checkpoint folder or a Hub name, got {shorten(name)}")
+    return name, Path(os.path.expanduser(name))
 
 
 def _check_hub_name(name: str, path: Path) -> None:
@@ -69,7 +88,7 @@ def _check_hub_name(name: str, path: Path) -> None:
         )
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -78,7 +97,7 @@ def _download(name: str, revision: str | None) -> Path:
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=list(ALLOWED),
+                allow_patterns=list(patterns),
                 ignore_patterns=list(NEVER),
             )
         )
