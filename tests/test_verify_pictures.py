@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import exafuse
 import pytest
 import torch
 from exafuse.config import load_config
@@ -32,6 +33,8 @@ def test_every_stage_is_compared(folders):
     assert names[:12] == [f"{kind}: {stage}" for kind in ("image", "video") for stage in TOWER]
     assert names[12] == "embedding, with the features in their places"
     assert names[13].startswith("layer 0 (window 5")
+    assert names[-1] == "MTP head, scores of its drafts"
+    assert len(names) == 12 + 1 + 4 + 1
     assert all(0 < entry.error < 1e-5 for entry in report.layers)
     assert report.num_prompt_tokens == 60 + 15 + 1 + 12
     json.dumps(report.to_dict(), allow_nan=False)
@@ -97,7 +100,23 @@ def approximate_gelu(model):
     tower(model).merger.mlp[1].approximate = "tanh"
 
 
+def halves_of_the_projection(model):
+    weight = model.mtp.fc.weight
+    weight.copy_(torch.cat([weight[:, 64:], weight[:, :64]], dim=1))
+
+
+def window_of_the_draft_module(model):
+    model.mtp.layers[0].self_attn.window_size = (5, 0)
+
+
+def no_norm_of_the_hidden_state(model):
+    model.mtp.pre_fc_norm_hidden.weight.fill_(1)
+
+
 DEFECTS = {
+    halves_of_the_projection: "MTP head",
+    window_of_the_draft_module: "MTP head",
+    no_norm_of_the_hidden_state: "MTP head",
     scale_one_weight: "image: tower block 2",
     whole_frames_where_windows_are: "image: tower block 2",
     windows_where_whole_frames_are: "image: tower block 1",
@@ -111,7 +130,7 @@ DEFECTS = {
 
 
 @pytest.mark.parametrize("change", DEFECTS, ids=lambda change: change.__name__)
-def test_a_defect_of_the_tower_is_named(folders, broken, change):
+def test_a_defect_is_named(folders, broken, change):
     broken(change)
     report = compare(folders[PICTURES])
     assert not report.ok
@@ -119,11 +138,17 @@ def test_a_defect_of_the_tower_is_named(folders, broken, change):
     assert "is the first to diverge" in report.failures[0]
 
 
-HALF = (whole_frames_where_windows_are, swap_heads, no_bias, other_patches)
+HALF = (
+    whole_frames_where_windows_are,
+    swap_heads,
+    no_bias,
+    other_patches,
+    halves_of_the_projection,
+)
 
 
 @pytest.mark.parametrize("change", HALF, ids=lambda change: change.__name__)
-def test_a_defect_of_the_tower_is_named_in_bf16(folders, broken, change):
+def test_a_defect_is_named_in_bf16(folders, broken, change):
     broken(change)
     report = compare(folders[PICTURES], dtype="bfloat16")
     assert report.first_diverging_layer.startswith(DEFECTS[change])
@@ -167,6 +192,14 @@ def test_frames_that_see_each_other_are_named(folders, monkeypatch):
     monkeypatch.setattr(vision_layout.VisionLayout, "of", classmethod(joined))
     report = compare(folders[PICTURES])
     assert report.first_diverging_layer == "video: tower block 1 (whole frames)"
+
+
+def test_a_checkpoint_without_draft_module(folders, tmp_path):
+    model = exafuse.from_pretrained(folders[PICTURES], device="cpu", mtp=False)
+    model.save_pretrained(tmp_path)
+    report = compare(tmp_path)
+    assert report.ok, str(report)
+    assert report.layers[-1].name.startswith("layer 3")
 
 
 def test_the_released_layout_is_verified(folders, tmp_path):

@@ -26,6 +26,7 @@ LOGIT_RATIO = 1.25
 KL_RATIO, KL_FLOOR = 2.0, 1e-6
 WORST_RATIO = 4.0
 _EMBEDDING = "embedding"
+_DRAFTS = "MTP head, scores of its drafts"
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,8 @@ def _stages(trace: Trace, config: ModelConfig) -> list[tuple[str, Tensor]]:
     first = f"{_EMBEDDING}, with the features in their places" if trace.tower else _EMBEDDING
     names = [first, *(_layer_name(layer) for layer in config.layers)]
     names[-1] += ", with the final norm"
-    return [*trace.tower.items(), *zip(names, trace.hidden, strict=True)]
+    stages = [*trace.tower.items(), *zip(names, trace.hidden, strict=True)]
+    return stages if trace.drafts is None else [*stages, (_DRAFTS, trace.drafts)]
 
 
 def _layer_name(layer: LayerPlan) -> str:

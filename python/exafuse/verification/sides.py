@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from exafuse.config import ModelConfig, load_config
+from exafuse.models.decoder import Decoder
+from exafuse.verification.mtp import PlainHead, draft_logits
 from exafuse.verification.tower_trace import traced_tower
+from exafuse.weights.checkpoint import Checkpoint
+from exafuse.weights.names import num_mtp_layers
 
 COMPARED_TOKENS = 512  # of a long prompt the last ones are compared: those see the most
+DRAFTS = 3  # tokens that the draft module goes on with after the prompt
 
 
 @dataclass(frozen=True)
@@ -23,13 +28,15 @@ class Trace:
     ``hidden``: num_layers + 1 tensors ``[tokens, hidden_size]``, embeddings first, the last one
     after the final norm. ``logits [rows, vocab_size]``: the prompt's, then one row per decoded
     token. ``tokens``: the decoded tokens. ``tower``: by name, what the vision tower computed
-    before; see ``traced_tower``.
+    before; see ``traced_tower``. ``drafts [rows, vocab_size]``: what the draft module scores along
+    the prompt and after it, None without one.
     """
 
     hidden: tuple[Tensor, ...]
     logits: Tensor
     tokens: tuple[int, ...]
     tower: dict[str, Tensor] = field(default_factory=dict)
+    drafts: Tensor | None = None
 
 
 def run_side(
@@ -64,10 +71,28 @@ def run_side(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(getattr(torch, rounded_to)))
+    is_ours = side != "transformers"
+    head = model.mtp if is_ours else _plain_head(folder, config, dtype, rounded_to, device)
     with torch.inference_mode():
         inputs = {name: value.to(device) for name, value in (vision or {}).items()}
-        is_ours = side != "transformers"
-        return _trace(model, ids.to(device), tokens, forced, inputs, config, is_ours=is_ours)
+        return _trace(model, head, ids.to(device), tokens, forced, inputs, config)
+
+
+def _plain_head(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, rounded_to: str, device: torch.device
+) -> PlainHead | None:
+    """The draft module of a folder, which transformers leaves out; None without one."""
+    tensors = Checkpoint.open(folder).tensors
+    number = num_mtp_layers(tensors) if config.model_type == "exaone4_5" else 0
+    if not number:
+        return None
+    from safetensors import safe_open
+
+    weights = {}
+    for name in [name for name in tensors if name.startswith("mtp.")]:
+        with safe_open(folder / tensors[name].file, "pt") as file:
+            weights[name] = file.get_tensor(name).to(getattr(torch, rounded_to))
+    return PlainHead(config.with_mtp_layers(number), weights, device, dtype)
 
 
 def load_exafuse(
@@ -117,13 +142,12 @@ def _load_transformers(
 
 def _trace(
     model: Any,
+    head: Any,
     ids: Tensor,
     tokens: int,
     forced: tuple[int, ...] | None,
     vision: dict[str, Tensor],
     config: ModelConfig,
-    *,
-    is_ours: bool,
 ) -> Trace:
     tower: Any = nullcontext({})
     if vision:
@@ -137,20 +161,38 @@ def _trace(
             logits_to_keep=COMPARED_TOKENS,
             **vision,
         )
-    hidden = tuple(state[0, -COMPARED_TOKENS:].float().cpu() for state in out.hidden_states)
-    rows = [out.logits[0].float().cpu()]
-    cache = out.past_key_values
+    hidden = tuple(state[0, -COMPARED_TOKENS:] for state in out.hidden_states)
+    logits, decoded = _decode(model, out.logits[0], out.past_key_values, tokens, forced)
+    drafts = None
+    if head is not None:
+        # Each of the last tokens with the one after it, as a text of its own.
+        drafted = torch.tensor(decoded[:DRAFTS], device=ids.device)
+        inputs = hidden[0][1:], hidden[-1][:-1], drafted
+        if isinstance(head, PlainHead):
+            drafts = head.draft_logits(*inputs, model.get_input_embeddings(), model.lm_head)
+        else:
+            drafts = draft_logits(model, *inputs)
+        drafts = drafts.cpu()
+    kept = tuple(state.float().cpu() for state in hidden)
+    return Trace(kept, logits, tuple(decoded), stages, drafts)
+
+
+def _decode(
+    model: Any, logits: Tensor, cache: Any, tokens: int, forced: tuple[int, ...] | None
+) -> tuple[Tensor, list[int]]:
+    """The prompt's logits and those of each decoded token; the tokens."""
+    rows = [logits.float().cpu()]
     decoded: list[int] = []
     last = rows[0][-1]
     for step in range(tokens):
         decoded.append(int(last.argmax()) if forced is None else forced[step])
         if step == tokens - 1:
             break
-        token = torch.tensor([[decoded[-1]]], device=ids.device)
-        if is_ours:
+        token = torch.tensor([[decoded[-1]]], device=logits.device)
+        if isinstance(model, Decoder):
             last = model.next_logits(token, cache)[0]
         else:
             last = model(token, past_key_values=cache, use_cache=True).logits[0, -1]
         last = last.float().cpu()
         rows.append(last[None])
-    return Trace(hidden, torch.cat(rows), tuple(decoded), stages)
+    return torch.cat(rows), decoded
