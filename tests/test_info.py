@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import exafuse
 import pytest
 from exafuse.cli import info, info_probes
 from exafuse.cli.commands import main
+from exafuse.media import parts
 
 BUILD = {
     "version": "0.1.0",
@@ -130,6 +133,48 @@ def test_python_only_build_advises_against_the_cached_wheel(monkeypatch):
     assert result["build"]["mode"].startswith("Python only")
     assert result["ops"]["kernels"] == "no kernels compiled, nothing to verify"
     assert any("--no-cache-dir" in advice for advice in result["advice"])
+
+
+@pytest.mark.parametrize("editable", [False, True])
+def test_advice_names_the_folder_with_the_sources(monkeypatch, tmp_path, editable):
+    """No package index has exafuse: what pip noted on installing says where it came from."""
+    monkeypatch.setattr(info_probes, "_build_info", dict)
+    folder = tmp_path / "my sources"
+    folder.mkdir()
+    origin = {"url": folder.as_uri(), "dir_info": {"editable": True} if editable else {}}
+    found = SimpleNamespace(read_text=lambda _name: json.dumps(origin))
+    monkeypatch.setattr(info, "distribution", lambda _name: found)
+    (advice,) = info.report()["advice"]
+    assert advice.endswith(
+        "`pip install --force-reinstall --no-cache-dir --no-deps .` in the "
+        "folder with exafuse's sources"
+    )
+    (folder / "pyproject.toml").write_text("")
+    (advice,) = info.report()["advice"]
+    flag = "--editable " if editable else ""
+    assert advice.endswith(f"--no-deps {flag}'{folder}'`")
+    for text in (None, "{", "[]", '{"url": 7}', '{"url": "https://example.org/x.whl"}'):
+        found.read_text = lambda _name, text=text: text
+        (advice,) = info.report()["advice"]
+        assert advice.endswith("sources")
+
+
+@pytest.mark.parametrize(
+    ("problem", "missing", "expected"),
+    [
+        (None, (), "images and videos"),
+        (None, ("av",), "images; for videos"),
+        ("torchvision is not installed", (), "(torchvision is not installed)"),
+        ("torchvision is not installed", ("PIL",), "none: pip install"),
+    ],
+)
+def test_what_can_be_shown_to_a_model(monkeypatch, problem, missing, expected):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(parts, "torchvision_problem", lambda: problem)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in missing else find("json")
+    )
+    assert expected in info_probes.PROBES["libraries"]["pictures"]()
 
 
 def test_build_without_cuda(build):

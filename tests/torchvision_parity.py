@@ -12,9 +12,11 @@ import PIL.Image
 import pytest
 import torch
 import vision_checkpoint
+from exafuse.cli import commands as cli
 from exafuse.media.processor import Processor
 from exafuse.text.chat import load_processor
-from transformers import AutoProcessor
+from exafuse.text.reply import hidden_ids, reply_text
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 PHOTOS = (
@@ -229,3 +231,34 @@ def test_the_image_processor_without_torchvision_is_within_one_level(ours: Proce
         total += levels.numel()
         assert (levels > 0.5).float().mean() <= 0.01, name
     print(f"{differing} of {total} values differ by one level: {differing / total:.3%}")
+
+
+def test_a_clip_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The answer to a clip and a photograph is that of transformers' model and processor."""
+    folder = vision_checkpoint.save_model(tmp_path)
+    path, photo = vision_checkpoint.clip(CLIPS[2]), vision_checkpoint.photo("rocket.jpg")
+    argv = ["generate", str(folder), "What moves?", "--device", "cpu", "--temperature", "0"]
+    argv += ["--max-new-tokens", "12", "--no-thinking", "--video", str(path), "--fps", "2"]
+    assert cli.main([*argv, "--image", str(photo)]) == 0
+    said = capsys.readouterr().out
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")
+    chosen = [int(i) for i in np.arange(8) * 120 / 8]  # four seconds, two frames each
+    content = [
+        {"type": "video", "video": frames(path.name)[chosen]},
+        {"type": "image", "image": opened("rocket.jpg")},
+        {"type": "text", "text": "What moves?"},
+    ]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        enable_thinking=False,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    prompt = inputs["input_ids"].shape[1]
+    ids = model.eval().generate(**inputs, max_new_tokens=12, do_sample=False)[0, prompt:].tolist()
+    tokenizer = processor.tokenizer
+    assert inputs["video_grid_thw"][0, 0] == 4
+    assert said == reply_text(tokenizer, ids, hidden_ids(tokenizer)) + "\n"

@@ -10,6 +10,7 @@ from typing import Any
 import chat_tokenizers
 import pytest
 from exafuse.text.chat import load_processor
+from exafuse.verification.tiny import TINY_CONFIGS, make_tiny
 
 # In the style of EXAONE 4.5. Small pictures keep the tests quick.
 FAMILY = chat_tokenizers.Family(
@@ -47,12 +48,20 @@ VIDEO_SETTINGS: dict[str, Any] = {
 }
 
 
-def save(folder: Path, **config: Any) -> Path:
-    """Everything of a checkpoint but its weights; ``config`` goes into config.json."""
+def save_front_end(folder: Path) -> Any:
+    """Tokenizer, template and settings of the processors; returns the tokenizer."""
     tokenizer = chat_tokenizers.byte_level(FAMILY)
     template = (chat_tokenizers.TEMPLATES / FAMILY.template).read_text()
     tokens = {"eos_token": FAMILY.eos, "bos_token": FAMILY.bos, "pad_token": FAMILY.special[0]}
     chat_tokenizers.save(tokenizer, folder, template, **tokens)
+    write(folder / "preprocessor_config.json", IMAGE_SETTINGS)
+    write(folder / "video_preprocessor_config.json", VIDEO_SETTINGS)
+    return tokenizer
+
+
+def save(folder: Path, **config: Any) -> Path:
+    """Everything of a checkpoint but its weights; ``config`` goes into config.json."""
+    tokenizer = save_front_end(folder)
     values = {
         "model_type": "exaone4_5",
         "image_token_id": tokenizer.token_to_id("<|image_pad|>"),
@@ -61,8 +70,23 @@ def save(folder: Path, **config: Any) -> Path:
         "vision_config": {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2},
     }
     write(folder / "config.json", {**values, **config})
-    write(folder / "preprocessor_config.json", IMAGE_SETTINGS)
-    write(folder / "video_preprocessor_config.json", VIDEO_SETTINGS)
+    return folder
+
+
+def save_model(folder: Path) -> Path:
+    """A whole checkpoint: the front end, and a small random model with tower and MTP head."""
+    tokenizer = save_front_end(folder)
+    values = next(v for v in TINY_CONFIGS.values() if v["model_type"] == "exaone4_5")
+    text = values["text_config"] | {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "max_position_embeddings": 4096,
+        "eos_token_id": tokenizer.token_to_id(FAMILY.eos),
+    }
+    ids = {
+        "image_token_id": tokenizer.token_to_id("<|image_pad|>"),
+        "video_token_id": tokenizer.token_to_id("<|video_pad|>"),
+    }
+    make_tiny({**values, **ids, "text_config": text}, folder)
     return folder
 
 

@@ -131,7 +131,7 @@ def _rebuild() -> str:
         origin = json.loads(distribution("exafuse").read_text("direct_url.json") or "{}")
         folder = Path(url2pathname(urlsplit(str(origin["url"])).path))
         is_folder = "dir_info" in origin and (folder / "pyproject.toml").is_file()
-    except (PackageNotFoundError, OSError, ValueError, KeyError):
+    except (PackageNotFoundError, OSError, ValueError, KeyError, TypeError):
         is_folder = False
     if not is_folder:
         return f"with `{REINSTALL} .` in the folder with exafuse's sources"

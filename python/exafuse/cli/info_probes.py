@@ -201,6 +201,19 @@ def _torch_build() -> str:
     return f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {gpu}{exchange}"
 
 
+def _pictures() -> str:
+    """What a model that sees can be shown here."""
+    parts = importlib.import_module("exafuse.media.parts")
+    if importlib.util.find_spec("PIL") is None:
+        return 'none: pip install "exafuse[vision]"'
+    problem = parts.torchvision_problem()
+    if problem is None and importlib.util.find_spec("av") is None:
+        problem = "PyAV is not installed; frames in memory can be shown"
+    if problem is None:
+        return "images and videos"
+    return f'images; for videos pip install "exafuse[vision]" ({problem})'
+
+
 # ---- ops and verification -----------------------------------------------------------------------
 
 
@@ -258,6 +271,7 @@ PROBES: dict[str, dict[str, Probe]] = {
         **{name: _library(name) for name in LIBRARIES},
         "optional": _optional_libraries,
         "import torch": _torch_build,
+        "pictures": _pictures,
     },
     "ops": {"path of each op": _paths, "kernels": _verified},
 }
