@@ -176,6 +176,7 @@ def test_a_window_with_something_joined_to_it_is_no_plain_window() -> None:
 
 
 @pytest.mark.emulated
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["left_padded", "chunked", "static_cache"])
 def test_bf16_runs_on_the_kernels(model: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As near to fp32 as transformers' own attention in bf16."""

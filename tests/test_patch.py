@@ -195,6 +195,7 @@ def test_gradients_equal_those_of_the_model(model: Any, checkpointing: bool) -> 
         assert float((ours - plain).norm()) <= 2e-5 * float(plain.norm()) + 1e-9
 
 
+@pytest.mark.slow
 def test_training_follows_the_same_loss(model: Any) -> None:
     """20 steps of Adam from the same start."""
     losses = []
@@ -293,6 +294,7 @@ def test_the_tower_calls_attention_once_a_layer(
 
 @pytest.mark.emulated
 @pytest.mark.emulated
+@pytest.mark.slow
 def test_half_precision_runs_on_the_kernels(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     """On the emulator in bf16: as near to fp32 as the plain model in bf16."""
     from kernel_backends import _emulated

@@ -132,6 +132,7 @@ def gradients(function: Callable[..., Any], inputs: tuple[Any, ...], seed: int) 
     return list(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(INPUTS))
 def test_results_and_gradients_are_those_of_the_reference(name: str) -> None:
     mine, theirs = getattr(registered, name), getattr(reference, name)
@@ -246,6 +247,7 @@ def block_inputs(tokens: int) -> tuple[Tensor, ...]:
     )
 
 
+@pytest.mark.slow
 def test_compiles_whole_with_dynamic_shapes_and_equal_gradients() -> None:
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (3, 7, 12, 40):
@@ -273,6 +275,7 @@ def test_exports() -> None:
     assert torch.equal(program.module()(*other), block(*other))
 
 
+@pytest.mark.slow
 def test_compiled_code_copies_no_cache() -> None:
     """A decode step writes and reads its cache in place: nothing of the cache's size is made."""
     from torch._inductor.utils import run_and_get_code
