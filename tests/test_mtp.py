@@ -17,6 +17,7 @@ from exafuse.generation.sampling import SamplingParams, ScoreChain, TokenDraw
 from exafuse.generation.settings import Settings
 from exafuse.models.causal_lm import CausalLM
 from exafuse.models.mtp import MTPHead
+from exafuse.ops.front_door import emulator_problem
 from exafuse.verification.mtp import PlainHead, draft_logits, relative_error
 from exafuse.weights.names import unmerged_state_dict
 from torch import Tensor
@@ -191,3 +192,57 @@ def test_an_untrained_head_changes_no_answer() -> None:
     ids = torch.randint(1, 97, (3, 25), generator=torch.Generator().manual_seed(0))
     plain = m.generate(ids, max_new_tokens=30)
     assert torch.equal(m.generate(ids, max_new_tokens=30, draft="mtp"), plain)
+
+
+def rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+@torch.no_grad()
+@pytest.mark.emulated
+@pytest.mark.skipif(bool(emulator_problem()), reason=emulator_problem())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_head_on_the_kernels_is_as_near_to_fp32_as_the_plain_one(dtype: torch.dtype) -> None:
+    """Reading 60 pairs, and drafting from them, with weights that the dtype holds exactly."""
+    m = model(5, "emulated", num_attention_heads=6, num_key_value_heads=2, hidden_size=96).to(dtype)
+    exact = PlainHead(m.config, {k: v.float() for k, v in unmerged_state_dict(m).items()})
+    plain = PlainHead(m.config, unmerged_state_dict(m), dtype=dtype)
+    ids, drafted = torch.randint(1, 97, (1, 61)), torch.randint(1, 97, (3,))
+    embeds, hidden = text_states(m, ids)
+    embed, lm_head = m.text.embed_tokens, m.lm_head
+    m.prefill_chunk = 32
+    ours = draft_logits(m, embeds[1:], hidden[:-1], drafted)
+    theirs = plain.draft_logits(embeds[1:], hidden[:-1], drafted, embed, lm_head)
+    truth = exact.draft_logits(
+        embeds[1:].float(),
+        hidden[:-1].float(),
+        drafted,
+        lambda token: embed(token).float(),
+        lambda x: torch.nn.functional.linear(x, lm_head.weight.float()),
+    )
+    assert rms(ours - truth) <= 1.25 * rms(theirs - truth)
+
+
+@torch.no_grad()
+@pytest.mark.emulated
+@pytest.mark.skipif(bool(emulator_problem()), reason=emulator_problem())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_drafts_are_verified_on_the_kernels(dtype: torch.dtype) -> None:
+    """Several queries a row in one decode call, rows cut back by unequal numbers of tokens. In half
+    precision matrix products of another shape round so much that near ties are left out."""
+    m = model(6, "emulated").to(dtype)
+    m.prefill_chunk = 16
+    ids = torch.randint(1, 97, (3, 9), generator=torch.Generator().manual_seed(1))
+    ids = torch.cat((ids, ids), dim=1)
+    kwargs: dict[str, Any] = {"max_new_tokens": 24, "return_dict_in_generate": True}
+    plain = m.generate(ids, output_scores=True, **kwargs)
+    for kind in ("mtp", "prompt_lookup"):
+        out = m.generate(ids, draft=kind, **kwargs)
+        for row, (ours, theirs) in enumerate(zip(out.sequences, plain.sequences, strict=True)):
+            differing = (ours != theirs).nonzero()
+            if len(differing):
+                best, second = plain.scores[int(differing[0]) - 18][row].topk(2).values.tolist()
+                limit = {torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
+                assert best - second < limit * abs(best)
+        if kind == "prompt_lookup":
+            assert 0 < out.draft_stats.accepted < out.draft_stats.drafted

@@ -10,6 +10,7 @@ import torch
 from exafuse.generation.acceptance import Decision
 from exafuse.generation.generate import DraftStats, GenerationConfig
 from exafuse.models.causal_lm import CausalLM
+from host_reads import HostReads
 from torch import Tensor
 from trained_mtp import Phrases, length_of, padded_prompts, trained, watch_decisions
 
@@ -221,3 +222,37 @@ def test_frequencies_that_change_with_the_length_do_not_go_with_drafts() -> None
         else:
             with pytest.raises(ValueError, match="draft: RoPE of type 'dynamic'"):
                 m.generate(longer, max_new_tokens=20, draft="prompt_lookup")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_step_waits_for_the_device_once(
+    model: CausalLM, kind: str, do_sample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the tokens that it brought; drafting and cutting caches wait for nothing."""
+    reads = HostReads(monkeypatch)
+    monkeypatch.setattr(model, "backend", reads.not_counting(model.backend))
+    next_hidden, steps = model.next_hidden, []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if len(steps) == 1:
+            reads.counts.clear()
+        steps.append(1)
+        return next_hidden(*args, **kwargs)
+
+    monkeypatch.setattr(model, "next_hidden", watched)
+    ids, mask = padded_prompts()
+    with reads:
+        model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=20,
+            do_sample=do_sample,
+            seed=0 if do_sample else None,
+            repetition_penalty=1.1,
+            draft=kind,
+        )
+        waits = reads.counts.total()
+    assert len(steps) > 4
+    assert set(+reads.counts) == {"tolist"}, reads.counts
+    assert waits == len(steps) - 1
