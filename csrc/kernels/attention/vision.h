@@ -42,4 +42,8 @@ struct VisionParams {
 // Rotation and attention in one launch, for segments of at most kMaxWindow tokens.
 void launch_vision_window(const VisionParams& params, Stream stream);
 
+// Rotated q and k of every token, to `rotated` [num_tokens, num_heads + num_kv_heads, head_dim].
+// `wide`: its rows, too, start at multiples of 16 bytes.
+void launch_vision_rope(const VisionParams& params, void* rotated, bool wide, Stream stream);
+
 }  // namespace exafuse

@@ -1,7 +1,9 @@
 // The attention of a vision transformer: rotation of q and k by the angles of their token, then
 // attention without a mask inside each segment. Segments are windows of an image, of at most 64
-// tokens, which one launch handles whole.
+// tokens, which one launch handles whole; or frames of any length, for which one launch writes the
+// rotated q and k to a buffer, and the kernels of long sequences read them there.
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -9,6 +11,7 @@
 #include "common/check.h"
 #include "common/launch.h"
 #include "kernels/attention/attention_call.h"
+#include "kernels/attention/prefill.h"
 #include "kernels/attention/vision.h"
 #include "kernels/heads_call.h"
 #include "ops.h"
@@ -98,6 +101,36 @@ void check_memory(const VisionCall& call) {
   call.for_each_output(check_same_device);
 }
 
+// Attention over whole frames, by what `rotated` holds: q and k of every token, without gaps.
+AttentionParams frame_attention(const VisionParams& vision, void* rotated, bool wide) {
+  AttentionParams params;
+  const int64_t q_columns = int64_t{vision.num_heads} * vision.head_dim;
+  const int64_t row = q_columns + int64_t{vision.num_kv_heads} * vision.head_dim;
+  params.q = rotated;
+  params.k = static_cast<char*>(rotated) + q_columns * size_bytes(vision.dtype);
+  params.v = vision.v;
+  params.out = vision.out;
+  params.q_strides = {.row = row, .head = vision.head_dim};
+  params.k_strides = params.q_strides;
+  params.v_strides = {.row = vision.token_stride, .head = vision.head_dim};
+  params.out_strides = {.row = vision.out_token_stride, .head = vision.out_head_stride};
+  params.batch = vision.segments;
+  params.num_heads = vision.num_heads;
+  params.num_kv_heads = vision.num_kv_heads;
+  params.gqa_group_size = vision.gqa_group_size;
+  params.head_dim = vision.head_dim;
+  params.seqlen_q = vision.max_seqlen;
+  params.total_q = vision.num_tokens;
+  params.cu_seqlens_q = vision.cu_seqlens;
+  params.cu_seqlens_k = vision.cu_seqlens;
+  params.total_k = vision.num_tokens;
+  params.scale_log2 = vision.scale_log2;
+  params.wide = wide;
+  params.out_wide = vision.out_wide;
+  params.dtype = vision.dtype;
+  return params;
+}
+
 }  // namespace
 
 void vision_attn(Tensor qkv, Count num_heads, Count num_kv_heads, Tensor cos, Tensor sin,
@@ -115,11 +148,13 @@ void vision_attn(Tensor qkv, Count num_heads, Count num_kv_heads, Tensor cos, Te
   params.num_kv_heads = static_cast<int>(num_kv_heads.value);
   params.gqa_group_size = params.num_heads / params.num_kv_heads;
   params.head_dim = static_cast<int>(q.size(2));
-  params.max_seqlen = check_int("max_seqlen", check_count("max_seqlen", max_seqlen), 0, kMaxWindow);
+  const int64_t longest = check_count("max_seqlen", max_seqlen);
+  if (longest < 0) fail("max_seqlen", "at least 0", std::to_string(longest));
+  params.max_seqlen = static_cast<int>(std::min<int64_t>(longest, params.num_tokens));
   params.scale_log2 = check_scale(softmax_scale);
   check_workspace(call,
                   vision_attn_workspace(params.num_tokens, params.num_heads, params.num_kv_heads,
-                                        params.head_dim, params.max_seqlen));
+                                        params.head_dim, longest));
   check_memory(call);
 
   params.q = heads.q.tensor().data;
@@ -140,9 +175,20 @@ void vision_attn(Tensor qkv, Count num_heads, Count num_kv_heads, Tensor cos, Te
   if (params.num_tokens == 0 || params.segments == 0 || params.max_seqlen == 0) return;
 
   const DeviceGuard guard(qkv.device);
-  launch_vision_window(params, qkv.stream());
+  const Stream stream = qkv.stream();
+  if (longest <= kMaxWindow) {
+    launch_vision_window(params, stream);
+    return;
+  }
+  const bool wide = params.wide && is_aligned(*workspace, 16);
+  launch_vision_rope(params, workspace->data, wide, stream);
+  launch_prefill(frame_attention(params, workspace->data, wide), stream);
 }
 
-int64_t vision_attn_workspace(int64_t, int64_t, int64_t, int64_t, int64_t) { return 0; }
+int64_t vision_attn_workspace(int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads,
+                              int64_t head_dim, int64_t max_seqlen) {
+  if (max_seqlen <= kMaxWindow) return 0;
+  return num_tokens * (num_heads + num_kv_heads) * head_dim * size_bytes(DType::kBFloat16);
+}
 
 }  // namespace exafuse

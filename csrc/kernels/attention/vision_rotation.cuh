@@ -13,6 +13,21 @@ namespace exafuse {
 
 inline constexpr int kPairs = 4;
 
+// The angles of four pairs.
+template <class T>
+struct Angles {
+  float cos[kPairs];
+  float sin[kPairs];
+
+  template <bool kWide>
+  __device__ __forceinline__ static Angles load(const float* cos, const float* sin) {
+    Angles angles;
+    load_as_compute<kWide, T>(cos, /*is_fp32=*/true, 0, angles.cos);
+    load_as_compute<kWide, T>(sin, /*is_fp32=*/true, 0, angles.sin);
+    return angles;
+  }
+};
+
 template <class T>
 struct PairVec {
   Vec<T, kPairs> first;   // of the first half of the head
@@ -29,19 +44,19 @@ struct PairVec {
             Vec<T, kPairs>::template load_readonly<kWide>(head + half + pair)};
   }
 
-  // Rotated by the angles at `cos` and `sin`.
   template <bool kWide>
-  __device__ __forceinline__ PairVec rotated(const float* cos, const float* sin) const {
-    float c[kPairs];
-    float s[kPairs];
-    load_as_compute<kWide, T>(cos, /*is_fp32=*/true, 0, c);
-    load_as_compute<kWide, T>(sin, /*is_fp32=*/true, 0, s);
+  __device__ __forceinline__ void store(T* head, int half, int pair) const {
+    first.template store<kWide>(head + pair);
+    second.template store<kWide>(head + half + pair);
+  }
+
+  __device__ __forceinline__ PairVec rotated(const Angles<T>& angles) const {
     float a[kPairs];
     float b[kPairs];
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      a[i] = ptx::fma(first.get(i), c[i], -(second.get(i) * s[i]));
-      b[i] = ptx::fma(second.get(i), c[i], first.get(i) * s[i]);
+      a[i] = ptx::fma(first.get(i), angles.cos[i], -(second.get(i) * angles.sin[i]));
+      b[i] = ptx::fma(second.get(i), angles.cos[i], first.get(i) * angles.sin[i]);
     }
     return {Vec<T, kPairs>::rounded(a), Vec<T, kPairs>::rounded(b)};
   }

@@ -53,6 +53,11 @@ struct Segment {
   int begin;
   int length;
   int rows;
+
+  // Of a row, or of the last one for the rows behind it.
+  __device__ __forceinline__ int64_t token(int row) const {
+    return int64_t{begin} + (row < length ? row : length - 1);
+  }
 };
 
 __device__ __forceinline__ Segment segment_of(const VisionParams& p, int index) {
@@ -60,6 +65,15 @@ __device__ __forceinline__ Segment segment_of(const VisionParams& p, int index) 
   const int end = clamp_to(p.cu_seqlens[index + 1], begin, p.num_tokens);
   const int length = end - begin < kMaxWindow ? end - begin : kMaxWindow;
   return {begin, length, length < p.max_seqlen ? length : p.max_seqlen};
+}
+
+// `pair`, or 0 for one behind the last.
+__device__ __forceinline__ int inside(int pair, int half) { return pair < half ? pair : 0; }
+
+template <bool kWide, class T>
+__device__ __forceinline__ Angles<T> angles_of(const VisionParams& p, int64_t token, int pair) {
+  return Angles<T>::template load<kWide>(p.cos + token * p.cos_stride + pair,
+                                         p.sin + token * p.sin_stride + pair);
 }
 
 template <class T, int kTile>
@@ -75,33 +89,32 @@ __device__ __forceinline__ void store_group(const Tile<T, kTile>& tile, int row,
   reinterpret_cast<uint32_t*>(tile.chunk(row, chunk + 1))[group % 4] = units.y;
 }
 
-// Rotated keys of the window; the rest of the tile becomes zero.
+// Rotated keys of the window. Rows behind its end repeat its last one, since their scores are
+// masked; columns behind head_dim are zero.
 template <bool kWide, class T, int kTile>
 __device__ __forceinline__ void load_keys(const VisionParams& p, Segment segment, const T* k,
                                           const Tile<T, kTile>& tile) {
   constexpr int kGroups = kTile / 2 / kPairs;
   static_assert(kMaxWindow * kGroups % kBlockThreads == 0);
   const int half = p.head_dim / 2;
-#pragma unroll
+#pragma unroll 4
   for (int i = 0; i < kMaxWindow * kGroups / kBlockThreads; ++i) {
     const int index = i * kBlockThreads + static_cast<int>(threadIdx.x);
     const int row = index / kGroups;
     const int group = index % kGroups;
-    auto pairs = PairVec<T>::zero();
-    if (row < segment.length && group * kPairs < half) {
-      const int64_t token = segment.begin + row;
-      const int pair = group * kPairs;
-      pairs = PairVec<T>::template load<kWide>(k + token * p.token_stride, half, pair)
-                  .template rotated<kWide>(p.cos + token * p.cos_stride + pair,
-                                           p.sin + token * p.sin_stride + pair);
-    }
+    const int64_t token = segment.token(row);
+    const int pair = inside(group * kPairs, half);
+    auto pairs = PairVec<T>::template load<kWide>(k + token * p.token_stride, half, pair)
+                     .rotated(angles_of<kWide, T>(p, token, pair));
+    if (group * kPairs >= half) pairs = PairVec<T>::zero();
     store_group<T, kTile>(tile, row, group, pairs.first);
     store_group<T, kTile>(tile, row, group + kGroups, pairs.second);
   }
 }
 
 // 16 rows of a q head in a warp: a lane has rows lane / 4 and lane / 4 + 8, of every 16 columns the
-// four from 4 * (lane % 4) on. Rows behind the window's end repeat its last one.
+// four from 4 * (lane % 4) on. Rows behind the window's end repeat its last one; columns behind
+// head_dim repeat others, since those of k are zero.
 template <class T, int kTile>
 class QueryRows {
  public:
@@ -113,12 +126,10 @@ class QueryRows {
     const int half = p.head_dim / 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const T* row = head + token_of(segment, first_row, i) * p.token_stride;
+      const T* row = head + segment.token(first_row + lane_row(i)) * p.token_stride;
 #pragma unroll
       for (int step = 0; step < kSteps / 2; ++step) {
-        pairs_[i][step] = pair_of(step) < half
-                              ? PairVec<T>::template load<kWide>(row, half, pair_of(step))
-                              : PairVec<T>::zero();
+        pairs_[i][step] = PairVec<T>::template load<kWide>(row, half, inside(pair_of(step), half));
       }
     }
   }
@@ -129,14 +140,11 @@ class QueryRows {
                                          uint32_t (&a)[kSteps][4]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t token = token_of(segment, first_row, i);
-      const float* cos = p.cos + token * p.cos_stride;
-      const float* sin = p.sin + token * p.sin_stride;
+      const int64_t token = segment.token(first_row + lane_row(i));
 #pragma unroll
       for (int step = 0; step < kSteps / 2; ++step) {
-        PairVec<T> pairs = pairs_[i][step];
-        const int pair = pair_of(step);
-        if (pair < p.head_dim / 2) pairs = pairs.template rotated<kWide>(cos + pair, sin + pair);
+        const int pair = inside(pair_of(step), p.head_dim / 2);
+        const auto pairs = pairs_[i][step].rotated(angles_of<kWide, T>(p, token, pair));
         const auto first = std::bit_cast<uint2>(pairs.first);
         const auto second = std::bit_cast<uint2>(pairs.second);
         a[step][i] = first.x;
@@ -148,9 +156,8 @@ class QueryRows {
   }
 
  private:
-  __device__ __forceinline__ static int64_t token_of(Segment segment, int first_row, int i) {
-    const int row = first_row + static_cast<int>(threadIdx.x) % ptx::kWarpSize / 4 + 8 * i;
-    return segment.begin + (row < segment.length ? row : segment.length - 1);
+  __device__ __forceinline__ static int lane_row(int i) {
+    return static_cast<int>(threadIdx.x) % ptx::kWarpSize / 4 + 8 * i;
   }
 
   __device__ __forceinline__ static int pair_of(int step) {
@@ -192,13 +199,19 @@ __device__ __forceinline__ void weigh(float (&scores)[kKeyTiles][4], int length,
                                       float (&inverse)[2]) {
   const int first_key = static_cast<int>(threadIdx.x) % 4 * 2;
   float maximum[2] = {kMasked, kMasked};
+  if (length < kMaxWindow) {
+#pragma unroll
+    for (int i = 0; i < kKeyTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (i * 8 + first_key + j % 2 >= length) scores[i][j] = kMasked;
+      }
+    }
+  }
 #pragma unroll
   for (int i = 0; i < kKeyTiles; ++i) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (i * 8 + first_key + j % 2 >= length) scores[i][j] = kMasked;
-      maximum[j / 2] = ptx::max(maximum[j / 2], scores[i][j]);
-    }
+    for (int j = 0; j < 4; ++j) maximum[j / 2] = ptx::max(maximum[j / 2], scores[i][j]);
   }
   float sum[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -289,6 +302,21 @@ __device__ __forceinline__ void multiply_values(const VisionParams& p, const Til
   }
 }
 
+// What a warp works on at a time: 16 rows of one q head.
+struct Unit {
+  int head = 0;  // of those that share the kv head
+  int row_block = 0;
+
+  __device__ __forceinline__ Unit after(int count, int row_blocks) const {
+    Unit unit{head, row_block + count};
+    while (unit.row_block >= row_blocks) {
+      unit.row_block -= row_blocks;
+      ++unit.head;
+    }
+    return unit;
+  }
+};
+
 template <class T, int kTile>
 __global__ void __launch_bounds__(kBlockThreads)
     vision_window_kernel(const __grid_constant__ VisionParams p) {
@@ -302,21 +330,18 @@ __global__ void __launch_bounds__(kBlockThreads)
 
   const Segment segment =
       segment_of(p, static_cast<int>(blockIdx.x / static_cast<unsigned>(p.num_kv_heads)));
-  if (segment.length == 0) return;
+  if (segment.rows == 0) return;
   const int row_blocks = (segment.rows + kQueryRows - 1) / kQueryRows;
-  const int units = row_blocks * p.gqa_group_size;
   const int first_head = kv_head * p.gqa_group_size;
   const int64_t kv_column = int64_t{kv_head} * p.head_dim;
 
   QueryRows<T, kTile> queries;
-  const auto load_queries = [&](int unit) {
-    const T* head =
-        static_cast<const T*>(p.q) + int64_t{first_head + unit / row_blocks} * p.head_dim;
-    const int first_row = unit % row_blocks * kQueryRows;
+  const auto load_queries = [&](Unit unit) {
+    const T* head = static_cast<const T*>(p.q) + int64_t{first_head + unit.head} * p.head_dim;
     if (p.wide) {
-      queries.template load<true>(p, segment, head, first_row);
+      queries.template load<true>(p, segment, head, unit.row_block * kQueryRows);
     } else {
-      queries.template load<false>(p, segment, head, first_row);
+      queries.template load<false>(p, segment, head, unit.row_block * kQueryRows);
     }
   };
 
@@ -324,8 +349,8 @@ __global__ void __launch_bounds__(kBlockThreads)
       static_cast<const T*>(p.v) + segment.begin * p.token_stride + kv_column, p.token_stride, 0,
       segment.length, p.head_dim, p.wide, tid);
   ptx::cp_async_commit();
-  int unit = tid / ptx::kWarpSize;
-  if (unit < units) load_queries(unit);
+  Unit unit = Unit{}.after(tid / ptx::kWarpSize, row_blocks);
+  if (unit.head < p.gqa_group_size) load_queries(unit);
   const T* k = static_cast<const T*>(p.k) + kv_column;
   if (p.wide) {
     load_keys<true, T, kTile>(p, segment, k, k_tile);
@@ -336,22 +361,24 @@ __global__ void __launch_bounds__(kBlockThreads)
   ptx::cp_async_wait<0>();
   ptx::sync_threads();
 
-  for (; unit < units; unit += kWarps) {
-    const int first_row = unit % row_blocks * kQueryRows;
+  while (unit.head < p.gqa_group_size) {
+    const int first_row = unit.row_block * kQueryRows;
     uint32_t q[kTile / 16][4];
     if (p.wide) {
       queries.template rotate<true>(p, segment, first_row, q);
     } else {
       queries.template rotate<false>(p, segment, first_row, q);
     }
-    if (unit + kWarps < units) load_queries(unit + kWarps);
+    const Unit next = unit.after(kWarps, row_blocks);
+    if (next.head < p.gqa_group_size) load_queries(next);
 
     float scores[kKeyTiles][4];
     multiply_keys<T, kTile>(k_tile, q, scores);
     float inverse[2];
     weigh(scores, segment.length, p.scale_log2, inverse);
-    multiply_values<T, kTile>(p, v_tile, scores, inverse, segment, first_head + unit / row_blocks,
+    multiply_values<T, kTile>(p, v_tile, scores, inverse, segment, first_head + unit.head,
                               first_row);
+    unit = next;
   }
 }
 
