@@ -65,6 +65,46 @@ def test_every_text_field_of_exaone4_5_with_wrong_values() -> None:
         expect_error({"model_type": "exaone4_5", "text_config": bad}, "text_config")
 
 
+VISION = {
+    "depth": 2,
+    "hidden_size": 64,
+    "hidden_act": "silu",
+    "intermediate_size": 80,
+    "num_heads": 4,
+    "num_key_value_heads": 2,
+    "in_channels": 3,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "window_size": 112,
+    "initializer_range": 0.02,
+}
+
+
+def test_every_vision_field_with_wrong_values() -> None:
+    text = {"model_type": "exaone4_5_text", **FULL, **FAMILY["exaone4"]}
+    del text["tie_word_embeddings"]
+    vision = {**VISION, "out_hidden_size": text["hidden_size"]}
+    base = {"model_type": "exaone4_5", "text_config": text, "vision_config": vision}
+    base |= {"image_token_id": 7, "video_token_id": 8}
+    load_config(base)
+    for key, good in vision.items():
+        for bad in bad_values(key, good, False):
+            expect_error({**base, "vision_config": {**vision, key: bad}}, f"vision_config.{key}")
+    for key in ("image_token_id", "video_token_id"):
+        for bad in bad_values(key, 7, False):
+            expect_error({**base, key: bad}, f"config: {key}")
+    for key in ("num_nextn_predict_layers", "_num_mtp_layers"):
+        for bad in (-1, 1.5, "1", True, [1], 2**40):
+            expect_error({**base, "text_config": {**text, key: bad}}, f"text_config.{key}")
+            expect_error({**base, key: bad}, f"config: {key}")
+    for bad in ([], "vision", 3, True):
+        expect_error({**base, "vision_config": bad}, "vision_config")
+    for bad in ([[1]], "1", 1.5, True, [2**40]):
+        changed = {**vision, "fullatt_block_indexes": bad}
+        expect_error({**base, "vision_config": changed}, "vision_config.fullatt_block_indexes")
+
+
 @pytest.mark.parametrize("layout", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("rope_type", ROPE)
 def test_every_rope_field_with_wrong_values(rope_type: str, layout: str) -> None:

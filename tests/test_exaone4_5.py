@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 import tiny_vision
 import torch
+from exafuse.config import load_config
 from exafuse.models.exaone4_5 import Exaone4_5
 from test_models import assert_same, relative, rms, splits
 from torch import Tensor
@@ -38,6 +39,8 @@ def test_parity_fp32(case: tiny_vision.Case, tmp_path: Path) -> None:
     """Features, one call, a prefill in chunks, decoding, left padding: the same on both sides."""
     theirs = case.build()
     ours = load(tiny_models.save(theirs, tmp_path))
+    assert load_config(ours.config.to_dict()) == ours.config
+    assert ours.config.num_parameters() == sum(p.numel() for p in theirs.parameters())
     prompt = case.prompt(theirs.config)
     for kind, suffix in (("image", ""), ("video", "_videos")):
         pixels, grids = (
@@ -105,6 +108,26 @@ def test_left_padded_batch(seed: int, tmp_path: Path) -> None:
         return  # these rotate by the largest position, which padding counts in one call only
     chunked = ours.next_logits(ids, ours.new_cache(3), mask, **vision)
     assert_same(chunked, b[:, -1], "left padding, in chunks")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(1, 30, 6))
+def test_a_second_picture_in_the_next_turn(seed: int, tmp_path: Path) -> None:
+    """Features go to the call's own placeholders; the cache keeps the pictures before them."""
+    case = tiny_vision.random_case(seed)
+    theirs = case.build()
+    ours = load(tiny_models.save(theirs, tmp_path))
+    generator = torch.Generator().manual_seed(seed)
+    turns = [
+        tiny_vision.make_prompt(theirs.config, grids, videos, generator)
+        for grids, videos in ((case.images[:1], []), ([], case.videos), (case.images, []))
+    ]
+    our_cache, their_cache = ours.new_cache(1), None
+    for turn in turns:
+        a = ours(turn.ids, **turn.vision, past_key_values=our_cache)
+        b = theirs(turn.ids, **turn.vision, past_key_values=their_cache, use_cache=True)
+        their_cache = b.past_key_values
+        assert_same(a.logits, b.logits, "turn by turn")
 
 
 @torch.no_grad()
