@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from exafuse.cli.flags import (
@@ -34,12 +33,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from exafuse.text.loading import load_processor
     from exafuse.weights.hub import resolve_folder
 
-    name = arguments.model
-    if "/" not in name and not Path(name).expanduser().exists():
-        raise CheckpointError(
-            f"{name}: there is no such folder, and a Hub name has the form 'owner/model'"
-        )
-    folder = resolve_folder(name, arguments.revision)
+    folder = resolve_folder(arguments.model, arguments.revision)
     if not (folder / "config.json").exists():
         raise CheckpointError(
             f"{folder}: expected a checkpoint folder, with config.json, weights and tokenizer; "

@@ -15,7 +15,7 @@ from typing import Any
 
 from exafuse.config import ModelConfig, load_config
 from exafuse.config.layer_plan import FULL
-from exafuse.errors import CheckpointError
+from exafuse.weights.hub import resolve_config
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -191,7 +191,9 @@ def plan(
     config that cannot be run, CheckpointError when there is no such file or name, ValueError for
     sizes that are not positive.
     """
-    config = source if isinstance(source, ModelConfig) else load_config(_locate(source))
+    if isinstance(source, str | Path):
+        source = resolve_config(source)
+    config = source if isinstance(source, ModelConfig) else load_config(source)
     context = config.max_position_embeddings if context is None else context
     dtype = config.dtype if dtype is None else dtype
     if context < 1 or batch_size < 1:
@@ -301,28 +303,6 @@ def format_bytes(count: int) -> str:
             return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.2f} TiB"
-
-
-def _locate(source: str | Path | Mapping[str, Any]) -> Path | Mapping[str, Any]:
-    """An existing path or a dict as it is; any other text is a Hub name whose config.json is
-    fetched."""
-    if isinstance(source, Mapping) or Path(source).exists():
-        return source if isinstance(source, Mapping) else Path(source)
-    name = str(source)
-    if isinstance(source, Path) or name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise CheckpointError(
-            f"{name}: no such folder or config.json, and not a Hub name (owner/model)"
-        )
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, "config.json"))
-    # The errors of the Hub's clients have no base class in common.
-    except Exception as error:
-        raise CheckpointError(
-            f"{name}: not a folder here, and config.json cannot be had from the Hub:"
-            f" {type(error).__name__}: {error}"
-        ) from error
 
 
 def _describe_vision(config: ModelConfig) -> list[str]:

@@ -43,8 +43,11 @@ def media_errors(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ExafuseError, MemoryError):
+    except ExafuseError:
         raise
     except Exception as error:
+        # FFmpeg calls it so as well when a damaged file asks for too much.
+        if isinstance(error, MemoryError) and not type(error).__module__.startswith("av."):
+            raise
         reason = " ".join(str(error).split())[:300] or "no further word"
         raise MediaError(f"{what}: {type(error).__name__}: {reason}") from error
