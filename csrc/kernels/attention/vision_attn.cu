@@ -152,9 +152,8 @@ void vision_attn(Tensor qkv, Count num_heads, Count num_kv_heads, Tensor cos, Te
   if (longest < 0) fail("max_seqlen", "at least 0", std::to_string(longest));
   params.max_seqlen = static_cast<int>(std::min<int64_t>(longest, params.num_tokens));
   params.scale_log2 = check_scale(softmax_scale);
-  check_workspace(call,
-                  vision_attn_workspace(params.num_tokens, params.num_heads, params.num_kv_heads,
-                                        params.head_dim, longest));
+  check_workspace(call, vision_attn_workspace(params.num_tokens, params.num_heads,
+                                              params.num_kv_heads, params.head_dim, longest));
   check_memory(call);
 
   params.q = heads.q.tensor().data;
