@@ -5,11 +5,6 @@
 // A block takes one window and one kv head. It brings k (rotated) and v into shared memory once;
 // then its warps share out the q heads of that kv head, 16 rows at a time. A window's scores fit
 // the registers of a warp, 16 x 64, so softmax is one pass: no running maximum, nothing rescaled.
-//
-// q never goes through shared memory. The sum over the head dimension may run in any order if q and
-// k agree on it, so within 16 columns a lane holds four neighbouring ones where the fragment has
-// two and two: it loads them in one access, finds both elements of each pair in its own registers,
-// and k is stored in that order. Both halves of a head are padded to half of the tile's columns.
 
 #include <bit>
 #include <cstdint>
@@ -20,15 +15,13 @@
 #include "common/shared_tile.cuh"
 #include "common/softmax.cuh"
 #include "common/vec.cuh"
-#include "kernels/attention/sequence.cuh"
 #include "kernels/attention/vision.h"
-#include "kernels/attention/vision_rotation.cuh"
+#include "kernels/attention/vision_window.cuh"
 
 namespace exafuse {
 namespace {
 
-inline constexpr int kBlockThreads = 128;
-inline constexpr int kWarps = kBlockThreads / ptx::kWarpSize;
+inline constexpr int kWarps = kWindowThreads / ptx::kWarpSize;
 inline constexpr int kQueryRows = 16;              // of a warp at a time
 inline constexpr int kKeyTiles = kMaxWindow / 8;   // 8 keys are the columns of one product
 inline constexpr int kKeySteps = kMaxWindow / 16;  // 16 keys are the depth of one product
@@ -48,128 +41,9 @@ struct WindowScratch {
   }
 };
 
-// The tokens of a segment, and how many of its rows are wanted.
-struct Segment {
-  int begin;
-  int length;
-  int rows;
-
-  // Of a row, or of the last one for the rows behind it.
-  __device__ __forceinline__ int64_t token(int row) const {
-    return int64_t{begin} + (row < length ? row : length - 1);
-  }
-};
-
-__device__ __forceinline__ Segment segment_of(const VisionParams& p, int index) {
-  const int begin = clamp_to(p.cu_seqlens[index], 0, p.num_tokens);
-  const int end = clamp_to(p.cu_seqlens[index + 1], begin, p.num_tokens);
-  const int length = end - begin < kMaxWindow ? end - begin : kMaxWindow;
-  return {begin, length, length < p.max_seqlen ? length : p.max_seqlen};
-}
-
-// `pair`, or 0 for one behind the last.
-__device__ __forceinline__ int inside(int pair, int half) { return pair < half ? pair : 0; }
-
-template <bool kWide, class T>
-__device__ __forceinline__ Angles<T> angles_of(const VisionParams& p, int64_t token, int pair) {
-  return Angles<T>::template load<kWide>(p.cos + token * p.cos_stride + pair,
-                                         p.sin + token * p.sin_stride + pair);
-}
-
-template <class T, int kTile>
-using Tile = SharedTile<T, kMaxWindow, kTile>;
-
-// Writes four columns of k, group `group` of its row, where the fragments of operand b want them.
-template <class T, int kTile>
-__device__ __forceinline__ void store_group(const Tile<T, kTile>& tile, int row, int group,
-                                            const Vec<T, kPairs>& vec) {
-  const auto units = std::bit_cast<uint2>(vec);
-  const int chunk = group / 4 * 2;
-  reinterpret_cast<uint32_t*>(tile.chunk(row, chunk))[group % 4] = units.x;
-  reinterpret_cast<uint32_t*>(tile.chunk(row, chunk + 1))[group % 4] = units.y;
-}
-
-// Rotated keys of the window. Rows behind its end repeat its last one, since their scores are
-// masked; columns behind head_dim are zero.
-template <bool kWide, class T, int kTile>
-__device__ __forceinline__ void load_keys(const VisionParams& p, Segment segment, const T* k,
-                                          const Tile<T, kTile>& tile) {
-  constexpr int kGroups = kTile / 2 / kPairs;
-  static_assert(kMaxWindow * kGroups % kBlockThreads == 0);
-  const int half = p.head_dim / 2;
-#pragma unroll 4
-  for (int i = 0; i < kMaxWindow * kGroups / kBlockThreads; ++i) {
-    const int index = i * kBlockThreads + static_cast<int>(threadIdx.x);
-    const int row = index / kGroups;
-    const int group = index % kGroups;
-    const int64_t token = segment.token(row);
-    const int pair = inside(group * kPairs, half);
-    auto pairs = PairVec<T>::template load<kWide>(k + token * p.token_stride, half, pair)
-                     .rotated(angles_of<kWide, T>(p, token, pair));
-    if (group * kPairs >= half) pairs = PairVec<T>::zero();
-    store_group<T, kTile>(tile, row, group, pairs.first);
-    store_group<T, kTile>(tile, row, group + kGroups, pairs.second);
-  }
-}
-
-// 16 rows of a q head in a warp: a lane has rows lane / 4 and lane / 4 + 8, of every 16 columns the
-// four from 4 * (lane % 4) on. Rows behind the window's end repeat its last one; columns behind
-// head_dim repeat others, since those of k are zero.
-template <class T, int kTile>
-class QueryRows {
- public:
-  static constexpr int kSteps = kTile / 16;
-
-  template <bool kWide>
-  __device__ __forceinline__ void load(const VisionParams& p, Segment segment, const T* head,
-                                       int first_row) {
-    const int half = p.head_dim / 2;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const T* row = head + segment.token(first_row + lane_row(i)) * p.token_stride;
-#pragma unroll
-      for (int step = 0; step < kSteps / 2; ++step) {
-        pairs_[i][step] = PairVec<T>::template load<kWide>(row, half, inside(pair_of(step), half));
-      }
-    }
-  }
-
-  // The rotated rows as operand a.
-  template <bool kWide>
-  __device__ __forceinline__ void rotate(const VisionParams& p, Segment segment, int first_row,
-                                         uint32_t (&a)[kSteps][4]) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t token = segment.token(first_row + lane_row(i));
-#pragma unroll
-      for (int step = 0; step < kSteps / 2; ++step) {
-        const int pair = inside(pair_of(step), p.head_dim / 2);
-        const auto pairs = pairs_[i][step].rotated(angles_of<kWide, T>(p, token, pair));
-        const auto first = std::bit_cast<uint2>(pairs.first);
-        const auto second = std::bit_cast<uint2>(pairs.second);
-        a[step][i] = first.x;
-        a[step][i + 2] = first.y;
-        a[step + kSteps / 2][i] = second.x;
-        a[step + kSteps / 2][i + 2] = second.y;
-      }
-    }
-  }
-
- private:
-  __device__ __forceinline__ static int lane_row(int i) {
-    return static_cast<int>(threadIdx.x) % ptx::kWarpSize / 4 + 8 * i;
-  }
-
-  __device__ __forceinline__ static int pair_of(int step) {
-    return step * 16 + static_cast<int>(threadIdx.x) % 4 * kPairs;
-  }
-
-  PairVec<T> pairs_[2][kSteps / 2];
-};
-
 // The scores of 16 rows with every key of the window.
 template <class T, int kTile>
-__device__ __forceinline__ void multiply_keys(const Tile<T, kTile>& k,
+__device__ __forceinline__ void multiply_keys(const WindowTile<T, kTile>& k,
                                               const uint32_t (&q)[kTile / 16][4],
                                               float (&scores)[kKeyTiles][4]) {
 #pragma unroll
@@ -251,7 +125,8 @@ __device__ __forceinline__ uint4 transpose_quad(const uint32_t (&w)[4]) {
 
 // Weights times v, normalised and written, 32 columns at a time.
 template <class T, int kTile>
-__device__ __forceinline__ void multiply_values(const VisionParams& p, const Tile<T, kTile>& v,
+__device__ __forceinline__ void multiply_values(const VisionParams& p,
+                                                const WindowTile<T, kTile>& v,
                                                 const float (&weights)[kKeyTiles][4],
                                                 const float (&inverse)[2], Segment segment,
                                                 int head, int first_row) {
@@ -266,7 +141,8 @@ __device__ __forceinline__ void multiply_values(const VisionParams& p, const Til
     }
   }
 #pragma unroll
-  for (int first_chunk = 0; first_chunk < Tile<T, kTile>::kChunks; first_chunk += kOutChunks) {
+  for (int first_chunk = 0; first_chunk < WindowTile<T, kTile>::kChunks;
+       first_chunk += kOutChunks) {
     if (first_chunk * kChunkElements >= p.head_dim) break;
     float out[kOutChunks][4] = {};
 #pragma unroll
@@ -318,12 +194,12 @@ struct Unit {
 };
 
 template <class T, int kTile>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kWindowThreads)
     vision_window_kernel(const __grid_constant__ VisionParams p) {
   SharedArena arena;
   const auto scratch = WindowScratch<T, kTile>::take_from(arena);
-  const Tile<T, kTile> k_tile(scratch.k);
-  const Tile<T, kTile> v_tile(scratch.v);
+  const WindowTile<T, kTile> k_tile(scratch.k);
+  const WindowTile<T, kTile> v_tile(scratch.v);
   const int tid = static_cast<int>(threadIdx.x);
   const int kv_head = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.num_kv_heads));
   ptx::griddep_wait();
@@ -345,7 +221,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     }
   };
 
-  v_tile.template load<kBlockThreads>(
+  v_tile.template load<kWindowThreads>(
       static_cast<const T*>(p.v) + segment.begin * p.token_stride + kv_column, p.token_stride, 0,
       segment.length, p.head_dim, p.wide, tid);
   ptx::cp_async_commit();
@@ -389,7 +265,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 void launch_vision_window(const VisionParams& params, Stream stream) {
   const LaunchConfig config{
       .grid = dim3(grid_size(int64_t{params.segments} * params.num_kv_heads)),
-      .block = dim3(kBlockThreads),
+      .block = dim3(kWindowThreads),
       .stream = stream,
       .pdl = true,
   };
