@@ -53,20 +53,8 @@ class SharedTile {
     if (!wide) {
       load_elements<kThreads>(source, row_stride, begin, end, chunks, tid);
     } else if (begin <= 0 && end >= kRows) {
-      // A thread's chunks lie in a few columns, the same in every row.
-      const T* from = source + tid / kLanesPerRow * row_stride;
-      const int64_t step = kRowsPerPass<kThreads> * row_stride;
-#pragma unroll
-      for (int pass = 0; pass < kRows / kRowsPerPass<kThreads>; ++pass) {
-#pragma unroll
-        for (int part = 0; part < kChunks / kLanesPerRow; ++part) {
-          const int row = tid / kLanesPerRow + pass * kRowsPerPass<kThreads>;
-          const int at = tid % kLanesPerRow + part * kLanesPerRow;
-          const bool valid = at < chunks;
-          ptx::cp_async_16(address(row, at), from + (valid ? at * kChunkElements : 0), valid);
-        }
-        from += step;
-      }
+      load_whole<kThreads>(source + own_offset<kThreads>(row_stride, tid), row_stride, head_dim,
+                           tid);
     } else {
       for_each_own_chunk<kThreads>(tid, [&](int row, int at) {
         const bool valid = row >= begin && row < end && at < chunks;
@@ -74,6 +62,31 @@ class SharedTile {
         const T* from = source + (valid ? row * row_stride + at * kChunkElements : 0);
         ptx::cp_async_16(address(row, at), from, valid);
       });
+    }
+  }
+
+  // Where in a source the first of the chunks lies that thread `tid` copies.
+  template <int kThreads>
+  __device__ __forceinline__ static int64_t own_offset(int64_t row_stride, int tid) {
+    return tid / kLanesPerRow * row_stride + tid % kLanesPerRow * kChunkElements;
+  }
+
+  // load() of all rows, wide, in a few additions: `own_source` is the source at own_offset.
+  template <int kThreads>
+  __device__ __forceinline__ void load_whole(const T* own_source, int64_t row_stride, int head_dim,
+                                             int tid) const {
+    static_assert(kThreads % kLanesPerRow == 0 && kRows % kRowsPerPass<kThreads> == 0);
+    const int64_t step = kRowsPerPass<kThreads> * row_stride;
+#pragma unroll
+    for (int pass = 0; pass < kRows / kRowsPerPass<kThreads>; ++pass) {
+#pragma unroll
+      for (int part = 0; part < kChunks / kLanesPerRow; ++part) {
+        const int row = tid / kLanesPerRow + pass * kRowsPerPass<kThreads>;
+        const int at = tid % kLanesPerRow + part * kLanesPerRow;
+        ptx::cp_async_16(address(row, at), own_source + part * kLanesPerRow * kChunkElements,
+                         at * kChunkElements < head_dim);
+      }
+      own_source += step;
     }
   }
 
@@ -131,11 +144,9 @@ class SharedTile {
     split(b, first, second);
   }
 
-  // The two elements of a row that this thread's accumulators of `chunk_at` belong to.
-  __device__ __forceinline__ void load_two(float (&values)[2], int row, int chunk_at) const {
-    const T* const at = chunk(row, chunk_at) + 2 * (lane_id() % 4);
-    values[0] = static_cast<float>(at[0]);
-    values[1] = static_cast<float>(at[1]);
+  // The two elements of a row that belong to the columns of this thread's accumulators of chunk_at.
+  __device__ __forceinline__ Vec<T, 2> load_two(int row, int chunk_at) const {
+    return Vec<T, 2>::template load<true>(chunk(row, chunk_at) + 2 * (lane_id() % 4));
   }
 
   // Writes an accumulator c, 16 x 8: rows row to row + 15, columns of `chunk_at`, rounded.

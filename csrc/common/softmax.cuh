@@ -17,15 +17,6 @@ inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
-// The largest score that a row goes on with after a tile whose largest is `tile_max`. It stays as
-// it is until a score lies more than 2^8 above it: sums have room for terms of that size, and rows
-// rarely have to be scaled down. A NaN is ignored; it is in the sum by itself.
-__device__ __forceinline__ float softmax_next_max(float old_max, float tile_max, float scale_log2) {
-  constexpr float kHeadroom = 8.0f;
-  const float next = ptx::max(old_max, tile_max);
-  return (next - old_max) * scale_log2 <= kHeadroom ? old_max : next;
-}
-
 // What the exponents of a row are measured from. A row that has seen no key yet has none: 0 makes
 // its terms exp2(-inf) = 0 instead of NaN.
 __device__ __forceinline__ float softmax_base(float max_score, float scale_log2) {
@@ -43,9 +34,11 @@ __device__ __forceinline__ float softmax_rescale(float old_max, float new_max, f
   return old_max == new_max ? 1.0f : ptx::exp2_ftz((old_max - new_max) * scale_log2);
 }
 
-// Natural log of the sum of exp(score * scale); -inf for a row that saw no key.
+// Natural log of the sum of exp(score * scale) of a row that saw a key: NaN if all its scores are
+// -inf, as its softmax is.
 __device__ __forceinline__ float softmax_lse(float max_score, float sum, float scale_log2) {
-  return max_score == kMasked ? kMasked : (ptx::log2(sum) + max_score * scale_log2) * kLn2;
+  if (sum == 0) return std::numeric_limits<float>::quiet_NaN();
+  return (ptx::log2(sum) + max_score * scale_log2) * kLn2;
 }
 
 }  // namespace exafuse

@@ -22,293 +22,72 @@
 #include "common/vec.cuh"
 #include "kernels/attention/params.h"
 #include "kernels/attention/prefill_sm80.h"
+#include "kernels/attention/prefill_warp.cuh"
 #include "kernels/attention/sequence.cuh"
 
 namespace exafuse {
 namespace {
 
-inline constexpr int kWarps = 4;
-inline constexpr int kThreads = kWarps * ptx::kWarpSize;
-inline constexpr int kWarpQueries = 32;
-inline constexpr int kTileQueries = kWarps * kWarpQueries;
-inline constexpr int kTileKeys = 64;
-inline constexpr int kMmaRows = kWarpQueries / 16;  // blocks of 16 queries in a warp
-inline constexpr int kThreadRows = 2 * kMmaRows;    // rows of an accumulator that a thread holds
 static_assert(kKeyTile % kTileKeys == 0);
 
 // --- kernel -------------------------------------------------------------------------------------
 
+// Numbers of tiles of keys, each from begin to before end.
+struct TileRange {
+  int begin = 0;
+  int end = 0;
+
+  __device__ __forceinline__ bool contains(int tile) const { return tile >= begin && tile < end; }
+};
+
+// Of all queries between two, whose ranges of keys are given: the tiles that any of them sees a key
+// of, and the tiles of which each sees every key.
+__device__ __forceinline__ TileRange tiles_of_any(const KeyRange& first, const KeyRange& last) {
+  if (last.end <= first.begin) return {0, 0};
+  return {first.begin / kTileKeys, (last.end - 1) / kTileKeys + 1};
+}
+__device__ __forceinline__ TileRange tiles_of_all(const KeyRange& first, const KeyRange& last) {
+  return {last.begin / kTileKeys + (last.begin % kTileKeys != 0 ? 1 : 0), first.end / kTileKeys};
+}
+
+struct WarpTiles {
+  TileRange active;  // some query of the warp sees a key
+  TileRange whole;   // every query of the warp sees every key
+};
+
+// What the block works on. The loop over the keys has no registers left for it.
+struct BlockState {
+  TileRange active;  // some query of the block sees a key
+  TileRange whole;   // every query of the block sees every key
+  int index;         // of the sequence
+  int kv_head;
+  int num_queries;  // of the tile and of those behind it
+  int non_finite;   // the latest tile whose v holds a NaN or an infinity
+  int64_t out;      // element offsets of the first row
+  int64_t lse;
+};
+
 template <class T, int kCols>
 struct PrefillShared {
-  using QueryTile = SharedTile<T, kTileQueries, kCols>;
-  using KeyTile = SharedTile<T, kTileKeys, kCols>;
+  using Warp = WarpQueries<T, kCols>;
+  using QueryTile = typename Warp::QueryTile;
+  using KeyTile = typename Warp::KeyTile;
   T* q;  // and, at the end, the output
   T* k;  // two tiles
   T* v;
-  KeyRange* seen;   // by each query; behind the last one, by the last
-  int* non_finite;  // the latest tile whose V holds a NaN or an infinity
+  KeyRange* seen;  // by each query; behind the last one, by the last
+  WarpTiles* warps;
+  BlockState* block;
 
   template <class Arena>
   static constexpr PrefillShared take_from(Arena& arena) {
     return {arena.template take<T, QueryTile::kElements>(),
             arena.template take<T, 2 * KeyTile::kElements>(),
             arena.template take<T, KeyTile::kElements>(),
-            arena.template take<KeyRange, kTileQueries>(), arena.template take<int, 1>()};
+            arena.template take<KeyRange, kTileQueries>(),
+            arena.template take<WarpTiles, kWarps>(),
+            arena.template take<BlockState, 1>()};
   }
-};
-
-// The queries of one warp: scores, running softmax and output of the rows that this thread holds.
-// Row r of a thread is row 16 * (r / 2) + 8 * (r % 2) + lane / 4 of the warp's 32.
-template <class T, int kCols>
-class WarpQueries {
- public:
-  using QueryTile = typename PrefillShared<T, kCols>::QueryTile;
-  using KeyTile = typename PrefillShared<T, kCols>::KeyTile;
-
-  // With 128 columns the output takes 128 registers and the scores 64: there q is read from shared
-  // memory again for every tile of keys.
-  static constexpr bool kKeepsQueries = kCols < 96;
-  static constexpr int kDepth = kCols / 16;         // mma steps of q k^T
-  static constexpr int kKeyBlocks = kTileKeys / 8;  // accumulators of a row of scores
-  static constexpr int kColBlocks = kCols / 8;      // accumulators of a row of the output
-
-  __device__ __forceinline__ WarpQueries(const QueryTile& q, int first_row)
-      : q_(q), first_row_(first_row) {
-#pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
-      max_[r] = kMasked;
-      sum_[r] = 0;
-    }
-#pragma unroll
-    for (int m = 0; m < kMmaRows; ++m) {
-#pragma unroll
-      for (int n = 0; n < kColBlocks; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) out_[m][n][i] = 0;
-      }
-    }
-  }
-
-  // Row r of this thread within the tile of queries.
-  __device__ __forceinline__ int row(int r) const {
-    return first_row_ + 16 * (r / 2) + 8 * (r % 2) + lane() / 4;
-  }
-
-  // Once the tile of queries is complete.
-  __device__ __forceinline__ void load_queries() {
-    if constexpr (kKeepsQueries) {
-#pragma unroll
-      for (int k = 0; k < kDepth; ++k) load_queries(kept_[k], k);
-    }
-  }
-
-  // scores = q k^T, not scaled.
-  __device__ __forceinline__ void multiply_keys(const KeyTile& keys) {
-#pragma unroll
-    for (int m = 0; m < kMmaRows; ++m) {
-#pragma unroll
-      for (int n = 0; n < kKeyBlocks; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) scores_[m][n][i] = 0;
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kDepth; ++k) {
-      uint32_t read[kMmaRows][4];
-      if constexpr (!kKeepsQueries) load_queries(read, k);
-      const auto& a = kKeepsQueries ? kept_[k] : read;
-#pragma unroll
-      for (int n = 0; n < kKeyBlocks; n += 2) {
-        uint32_t b[2][2];
-        keys.load_b(b[0], b[1], 8 * n, 2 * k);
-#pragma unroll
-        for (int m = 0; m < kMmaRows; ++m) {
-          ptx::mma_m16n8k16<T>(scores_[m][n], a[m], b[0], scores_[m][n]);
-          ptx::mma_m16n8k16<T>(scores_[m][n + 1], a[m], b[1], scores_[m][n + 1]);
-        }
-      }
-    }
-  }
-
-  // Scores of the keys that a row does not see become -inf, whatever they are. `row_sees(r)` counts
-  // from the first key of the tile.
-  template <class RowSees>
-  __device__ __forceinline__ void mask(RowSees row_sees) {
-    const int own_keys = 2 * (lane() % 4);
-#pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
-      const KeyRange range = row_sees(r);
-      const KeyRange seen{range.begin - own_keys, range.end - own_keys};
-#pragma unroll
-      for (int n = 0; n < kKeyBlocks; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& score = scores_[r / 2][n][2 * (r % 2) + i];
-          score = seen.contains(8 * n + i) ? score : kMasked;
-        }
-      }
-    }
-  }
-
-  // Takes note of the largest scores and rescales what was summed so far.
-  __device__ __forceinline__ void raise_maxima(float scale_log2) {
-    float rescale[kThreadRows];
-    bool raised = false;
-#pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
-      float largest = kMasked;
-#pragma unroll
-      for (int n = 0; n < kKeyBlocks; ++n) {
-        const float (&two)[4] = scores_[r / 2][n];
-        largest = ptx::max(largest, ptx::max(two[2 * (r % 2)], two[2 * (r % 2) + 1]));
-      }
-      largest = ptx::max(largest, ptx::shfl_xor(largest, 1));
-      largest = ptx::max(largest, ptx::shfl_xor(largest, 2));
-      const float next = softmax_next_max(max_[r], largest, scale_log2);
-      rescale[r] = softmax_rescale(max_[r], next, scale_log2);
-      raised = raised || rescale[r] != 1.0f;
-      max_[r] = next;
-    }
-    // A factor of 1 changes nothing: a warp without another one may leave the products out.
-    if (!ptx::any(raised)) return;
-#pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
-      sum_[r] *= rescale[r];
-#pragma unroll
-      for (int n = 0; n < kColBlocks; ++n) {
-        out_[r / 2][n][2 * (r % 2)] *= rescale[r];
-        out_[r / 2][n][2 * (r % 2) + 1] *= rescale[r];
-      }
-    }
-  }
-
-  // out += exp(scores) v, 16 keys after the other: the exponentials of the next are computed while
-  // the tensor cores work on the last.
-  __device__ __forceinline__ void multiply_values(const KeyTile& values, float scale_log2) {
-    float base[kThreadRows];
-#pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) base[r] = softmax_base(max_[r], scale_log2);
-#pragma unroll
-    for (int k = 0; k < kTileKeys / 16; ++k) {
-      uint32_t probs[kMmaRows][4];
-#pragma unroll
-      for (int m = 0; m < kMmaRows; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {  // keys 16k to 16k + 7, then the next eight
-          const float (&score)[4] = scores_[m][2 * k + half];
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int r = 2 * m + h;
-            const float low = softmax_term(score[2 * h], scale_log2, base[r]);
-            const float high = softmax_term(score[2 * h + 1], scale_log2, base[r]);
-            sum_[r] += low + high;
-            // An accumulator of the scores is laid out as operand a of the next product.
-            probs[m][2 * half + h] = ptx::pack2<T>(low, high);
-          }
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kColBlocks; n += 2) {
-        uint32_t b[2][2];
-        values.load_b_trans(b[0], b[1], 16 * k, n);
-#pragma unroll
-        for (int m = 0; m < kMmaRows; ++m) {
-          ptx::mma_m16n8k16<T>(out_[m][n], probs[m], b[0], out_[m][n]);
-          ptx::mma_m16n8k16<T>(out_[m][n + 1], probs[m], b[1], out_[m][n + 1]);
-        }
-      }
-    }
-  }
-
-  // Adds the NaN and infinities of v, which multiply_values finds replaced by zero, to the rows
-  // that see their keys, with the bits that it would give to a row that sees the whole tile.
-  template <class RowSees>
-  __device__ __forceinline__ void add_non_finite(const KeyTile& rest, RowSees row_sees,
-                                                 float scale_log2) {
-#pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
-      // Keys whose weight is rounded to zero, one bit each: zero times infinity is NaN.
-      const float base = softmax_base(max_[r], scale_log2);
-      uint32_t weightless[2] = {0, 0};
-#pragma unroll
-      for (int n = 0; n < kKeyBlocks; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float score = scores_[r / 2][n][2 * (r % 2) + i];
-          const uint32_t weight = ptx::pack2<T>(softmax_term(score, scale_log2, base), 0.0f);
-          weightless[n / 4] |= weight == 0 ? 1u << (8 * (n % 4) + i) : 0;
-        }
-      }
-#pragma unroll
-      for (int word = 0; word < 2; ++word) {
-        weightless[word] <<= 2 * (lane() % 4);
-        weightless[word] |= ptx::shfl_xor(weightless[word], 1);
-        weightless[word] |= ptx::shfl_xor(weightless[word], 2);
-      }
-      const KeyRange seen = row_sees(r);
-      const int end = seen.end < kTileKeys ? seen.end : kTileKeys;
-#pragma unroll 1
-      for (int at = seen.begin > 0 ? seen.begin : 0; at < end; ++at) {
-        const uint32_t bits = at < 32 ? weightless[0] : weightless[1];
-        const float weight = (bits >> (at % 32) & 1) != 0 ? 0.0f : 1.0f;
-#pragma unroll
-        for (int n = 0; n < kColBlocks; ++n) {
-          float value[2];
-          rest.load_two(value, at, n);
-          float (&out)[4] = out_[r / 2][n];
-          out[2 * (r % 2)] = ptx::fma(weight, value[0], out[2 * (r % 2)]);
-          out[2 * (r % 2) + 1] = ptx::fma(weight, value[1], out[2 * (r % 2) + 1]);
-        }
-      }
-    }
-  }
-
-  // Divides the output by the sums, puts it into the warp's rows of `to`, rounded, and returns the
-  // logarithm of each row's sum. `sees_nothing[r]` tells rows without a key from rows whose scores
-  // are all -inf, which are NaN.
-  __device__ __forceinline__ void finish(const QueryTile& to,
-                                         const bool (&sees_nothing)[kThreadRows], float scale_log2,
-                                         float (&lse)[kThreadRows]) {
-    float inverse[kThreadRows];
-#pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
-      float sum = sum_[r];
-      sum += ptx::shfl_xor(sum, 1);
-      sum += ptx::shfl_xor(sum, 2);
-      lse[r] = sees_nothing[r] ? kMasked : softmax_lse(max_[r], sum, scale_log2);
-      inverse[r] = sees_nothing[r] ? 0.0f : ptx::rcp(sum);
-    }
-#pragma unroll
-    for (int m = 0; m < kMmaRows; ++m) {
-#pragma unroll
-      for (int n = 0; n < kColBlocks; ++n) {
-        // Adding zero makes one zero of the two.
-        const float c[4] = {ptx::fma(out_[m][n][0], inverse[2 * m], 0.0f),
-                            ptx::fma(out_[m][n][1], inverse[2 * m], 0.0f),
-                            ptx::fma(out_[m][n][2], inverse[2 * m + 1], 0.0f),
-                            ptx::fma(out_[m][n][3], inverse[2 * m + 1], 0.0f)};
-        to.store_c(c, first_row_ + 16 * m, n);
-      }
-    }
-  }
-
- private:
-  __device__ __forceinline__ static int lane() {
-    return static_cast<int>(threadIdx.x) % ptx::kWarpSize;
-  }
-
-  __device__ __forceinline__ void load_queries(uint32_t (&a)[kMmaRows][4], int k) const {
-#pragma unroll
-    for (int m = 0; m < kMmaRows; ++m) q_.load_a(a[m], first_row_ + 16 * m, 2 * k);
-  }
-
-  QueryTile q_;
-  int first_row_;
-  uint32_t kept_[kKeepsQueries ? kDepth : 1][kMmaRows][4];
-  float scores_[kMmaRows][kKeyBlocks][4];
-  float out_[kMmaRows][kColBlocks][4];
-  float max_[kThreadRows];  // of the scores, not scaled
-  float sum_[kThreadRows];  // of this thread's columns
 };
 
 // Block b: the head comes first, so that the query heads of one kv head run side by side and share
@@ -337,68 +116,88 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Shared shared = Shared::take_from(arena);
   const typename Shared::QueryTile q_tile(shared.q);
   const KeyTile v_tile(shared.v);
+  const auto k_tile = [&](int tile) { return KeyTile(shared.k + tile % 2 * KeyTile::kElements); };
   const int first_row = tid / ptx::kWarpSize * kWarpQueries;
-  const int last_row = first_row + kWarpQueries - 1;
-  WarpQueries<T, kCols> queries(q_tile, first_row);
+  const WarpTiles& warp = shared.warps[tid / ptx::kWarpSize];
+  BlockState& block = *shared.block;
 
   const auto seen_by = [&](int row) {
     return sequence.visible(first_query + (row < num_queries ? row : num_queries - 1));
   };
   shared.seen[tid] = seen_by(tid);
-  ptx::sync_warp();
-  const KeyRange seen{seen_by(0).begin, seen_by(kTileQueries - 1).end};  // by any
+  if (tid % ptx::kWarpSize == 0) {
+    const KeyRange first = seen_by(first_row);
+    const KeyRange last = seen_by(first_row + kWarpQueries - 1);
+    shared.warps[tid / ptx::kWarpSize] = {
+        first_row < num_queries ? tiles_of_any(first, last) : TileRange{},
+        tiles_of_all(first, last)};
+  }
+  if (tid == 0) {
+    const KeyRange first = seen_by(0);
+    const KeyRange last = seen_by(kTileQueries - 1);
+    block = {.active = tiles_of_any(first, last),
+             .whole = tiles_of_all(first, last),
+             .index = index,
+             .kv_head = head / p.gqa_group_size,
+             .num_queries = num_queries,
+             .non_finite = -1,
+             .out = sequence.query_offset(p.out_strides, first_query, head),
+             .lse = sequence.query_offset(p.lse_strides, first_query, head)};
+  }
+  ptx::sync_threads();
 
-  const int kv_head = head / p.gqa_group_size;
-  const auto load_keys = [&](const void* base, const AttentionStrides& strides, const KeyTile& tile,
-                             int start) {
-    const T* const source =
-        static_cast<const T*>(base) + sequence.key_offset(strides, start, kv_head);
-    tile.template load<kThreads>(source, strides.row, seen.begin - start, seen.end - start,
-                                 p.head_dim, p.wide, tid);
-    ptx::cp_async_commit();
-  };
-  const auto k_tile = [&](int tile) { return KeyTile(shared.k + tile % 2 * KeyTile::kElements); };
-
-  if (!seen.empty()) {
-    const int first_tile = seen.begin / kTileKeys;
-    const int last_tile = (seen.end - 1) / kTileKeys;
-    if (tid == 0) *shared.non_finite = -1;
+  WarpQueries<T, kCols> queries(q_tile, first_row);
+  if (block.active.begin < block.active.end) {
     q_tile.template load<kThreads>(
         static_cast<const T*>(p.q) + sequence.query_offset(p.q_strides, first_query, head),
         p.q_strides.row, 0, num_queries, p.head_dim, p.wide, tid);
-    load_keys(p.k, p.k_strides, k_tile(first_tile), first_tile * kTileKeys);
+
+    // Starts loading a tile of k or v. `own` is where this thread's part of it lies and moves on to
+    // that of the next.
+    const auto load_keys = [&](const void* base, const AttentionStrides& strides, const T*& own,
+                               const KeyTile& to, int tile) {
+      const int64_t own_offset = KeyTile::template own_offset<kThreads>(strides.row, tid);
+      const int start = tile * kTileKeys;
+      if (p.block_table != nullptr || p.ring || tile == block.active.begin) {
+        own = static_cast<const T*>(base) +
+              Sequence(p, block.index).key_offset(strides, start, block.kv_head) + own_offset;
+      }
+      if (p.wide && tile > block.active.begin && tile + 1 < block.active.end) {
+        to.template load_whole<kThreads>(own, strides.row, p.head_dim, tid);
+      } else {
+        to.template load<kThreads>(own - own_offset, strides.row, shared.seen[0].begin - start,
+                                   shared.seen[kTileQueries - 1].end - start, p.head_dim, p.wide,
+                                   tid);
+      }
+      own += kTileKeys * strides.row;
+      ptx::cp_async_commit();
+    };
+    const T* k_own = nullptr;
+    const T* v_own = nullptr;
+    load_keys(p.k, p.k_strides, k_own, k_tile(block.active.begin), block.active.begin);
     ptx::griddep_launch_dependents();
     ptx::cp_async_wait<0>();
     ptx::sync_threads();
     queries.load_queries();
 
 #pragma unroll 1
-    for (int tile = first_tile; tile <= last_tile; ++tile) {
-      const int start = tile * kTileKeys;
-      // What the queries from row `first` to row `last` see all alike, and whether they see any.
-      const auto sees_all = [&](int first, int last) {
-        return shared.seen[last].begin <= start && shared.seen[first].end - start >= kTileKeys;
-      };
-      const auto sees_any = [&](int first, int last) {
-        return shared.seen[first].begin - start < kTileKeys && shared.seen[last].end > start;
-      };
+    for (int tile = block.active.begin; tile < block.active.end; ++tile) {
+      const bool active = warp.active.contains(tile);
+      const bool edge = !block.whole.contains(tile);
       const auto row_sees = [&](int r) {
         const KeyRange range = shared.seen[queries.row(r)];
-        return KeyRange{range.begin - start, range.end - start};
+        return KeyRange{range.begin - tile * kTileKeys, range.end - tile * kTileKeys};
       };
-      const bool edge = !sees_all(0, kTileQueries - 1);
-      const bool active = first_row < num_queries && sees_any(first_row, last_row);
-      const bool masked = !sees_all(first_row, last_row);
 
-      load_keys(p.v, p.v_strides, v_tile, start);
-      if (tile < last_tile) {
-        load_keys(p.k, p.k_strides, k_tile(tile + 1), start + kTileKeys);
+      load_keys(p.v, p.v_strides, v_own, v_tile, tile);
+      if (tile + 1 < block.active.end) {
+        load_keys(p.k, p.k_strides, k_own, k_tile(tile + 1), tile + 1);
       } else {
         ptx::cp_async_commit();
       }
       if (active) {
         queries.multiply_keys(k_tile(tile));
-        if (masked) queries.mask(row_sees);
+        if (!warp.whole.contains(tile)) queries.mask(row_sees);
         queries.raise_maxima(p.scale_log2);
       }
 
@@ -406,10 +205,10 @@ __global__ void __launch_bounds__(kThreads, 2)
       // Zero times NaN is NaN: a value that some rows must not see may not be multiplied by their
       // zeros. Where every row sees every key there is nothing to look for.
       if (edge && v_tile.template has_non_finite<kThreads>(tid)) {
-        ptx::atomic_exch(shared.non_finite, tile);
+        ptx::atomic_exch(&block.non_finite, tile);
       }
       ptx::sync_threads();
-      if (edge && *shared.non_finite == tile) {
+      if (edge && block.non_finite == tile) {
         // All warps are done with this tile of k.
         v_tile.template split_non_finite<kThreads>(k_tile(tile), tid);
         ptx::sync_threads();
@@ -431,19 +230,17 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) {
       const int row = queries.row(r);
-      if (row < num_queries) {
-        p.lse[sequence.query_offset(p.lse_strides, first_query + row, head)] = lse[r];
-      }
+      if (row < block.num_queries) p.lse[block.lse + row * p.lse_strides.row] = lse[r];
     }
   }
   ptx::sync_warp();
-  T* const out = static_cast<T*>(p.out) + sequence.query_offset(p.out_strides, first_query, head);
+  T* const out = static_cast<T*>(p.out) + block.out;
   constexpr int kChunks = KeyTile::kChunks;
 #pragma unroll 4
   for (int i = tid % ptx::kWarpSize; i < kWarpQueries * kChunks; i += ptx::kWarpSize) {
     const int row = first_row + i / kChunks;
     const int column = i % kChunks * kChunkElements;
-    if (row >= num_queries || column >= p.head_dim) continue;
+    if (row >= block.num_queries || column >= p.head_dim) continue;
     const auto vec = Vec<T, kChunkElements>::template load<true>(q_tile.chunk(row, i % kChunks));
     T* const to = out + row * p.out_strides.row + column;
     if (p.out_wide) {
