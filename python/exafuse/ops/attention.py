@@ -42,7 +42,7 @@ class AttentionOps(FrontDoor):
         if kernels is not None:
             refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes)
             left, right = check_window(window_size, causal)
-            scale = check_scale(softmax_scale, _size(q, -1))
+            scale = check_scale(softmax_scale, q.shape[-1] if q.shape else 1)
             try:
                 result = q.new_empty(q.shape) if out is None else out
                 sums = _lse(q, lse, return_attn_probs)
@@ -75,7 +75,7 @@ class AttentionOps(FrontDoor):
         lse: Tensor | None,
     ) -> None:
         """flash_attn_func by the decode kernel: keys and values as a cache that is full."""
-        workspace = _cache_workspace(kernels, q, q.shape[0] * q.shape[1], q.shape[1], k, None, left)
+        workspace = _cache_workspace(kernels, q, None, k, None, left)
         try:
             kernels.flash_attn_with_kvcache(
                 *(q, k, v, None, None, None, None, None, None, scale, left, right, None, 0, False),
@@ -112,7 +112,7 @@ class AttentionOps(FrontDoor):
             refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes)
             refuse_pages(block_table)
             left, right = check_window(window_size, causal)
-            scale = check_scale(softmax_scale, _size(q, -1))
+            scale = check_scale(softmax_scale, q.shape[-1] if q.shape else 1)
             check_count("max_seqlen_q", max_seqlen_q)
             check_count("max_seqlen_k", max_seqlen_k)
             try:
@@ -167,27 +167,26 @@ class AttentionOps(FrontDoor):
             "flash_attn_with_kvcache", q, k_cache, v_cache, k, v, out, lse
         )
         if kernels is not None:
-            if rotary_cos is not None or rotary_sin is not None or alibi_slopes is not None:
-                refuse(rotary_cos=rotary_cos, rotary_sin=rotary_sin, alibi_slopes=alibi_slopes)
-            refuse(softcap=softcap)
+            if rotary_cos is not None or rotary_sin is not None:
+                refuse(rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+            if type(softcap) is not float or softcap or alibi_slopes is not None:
+                refuse(softcap=softcap, alibi_slopes=alibi_slopes)
             left, right = check_window(window_size, causal)
-            scale = check_scale(softmax_scale, _size(q, -1))
+            shape = q.shape
+            scale = check_scale(softmax_scale, shape[-1] if shape else 1)
             if cu_seqlens_q is not None:
-                longest, total = check_longest(max_seqlen_q), _size(q, 0)
-            else:
-                longest = _size(q, 1)
-                total = _size(q, 0) * longest
+                max_seqlen_q = check_longest(max_seqlen_q)
             lengths = cache_seqlens
-            if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
-                batch = _size(q if cu_seqlens_q is None else cu_seqlens_q, 0)
-                lengths = lengths_of(cache_seqlens, batch - (cu_seqlens_q is not None), q.device)
+            if lengths is not None and not isinstance(lengths, Tensor):
+                batch = shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+                lengths = lengths_of(lengths, batch, q.device)
             try:
                 result = q.new_empty(q.shape) if out is None else out
                 sums = _lse(q, lse, return_softmax_lse)
-                workspace = _cache_workspace(kernels, q, total, longest, k_cache, block_table, left)
+                workspace = _cache_workspace(kernels, q, max_seqlen_q, k_cache, block_table, left)
                 kernels.flash_attn_with_kvcache(
                     *(q, k_cache, v_cache, k, v, lengths, cache_batch_idx, cache_leftpad),
-                    *(block_table, scale, left, right, cu_seqlens_q, longest, bool(ring)),
+                    *(block_table, scale, left, right, cu_seqlens_q, max_seqlen_q or 0, bool(ring)),
                     *(workspace, result, sums),
                 )
                 self.written(out, lse)
@@ -225,9 +224,9 @@ class AttentionOps(FrontDoor):
         if kernels is not None:
             check_heads(num_heads, num_kv_heads)
             check_count("max_seqlen", max_seqlen)
-            head_dim = _size(qkv, 1) // (num_heads + 2 * num_kv_heads)
-            scale = check_scale(softmax_scale, head_dim)
-            num_tokens = _size(qkv, 0)
+            num_tokens, width = qkv.shape if qkv.dim() == 2 else (0, 0)
+            head_dim = width // (num_heads + 2 * num_kv_heads)
+            scale = check_scale(softmax_scale, head_dim or 1)
             try:
                 result = out
                 if result is None:
@@ -261,13 +260,6 @@ class AttentionOps(FrontDoor):
         return kernels
 
 
-def _size(tensor: object, dim: int) -> int:
-    """A size for what is still to be made; the kernel's checks report a shape that is wrong."""
-    if isinstance(tensor, Tensor) and -tensor.dim() <= dim < tensor.dim():
-        return tensor.shape[dim]
-    return 1
-
-
 def _lse(q: Tensor, lse: Tensor | None, wanted: bool) -> Tensor | None:
     """``[batch, num_heads, seqlen_q]`` or ``[num_heads, total_q]``, if it is wanted."""
     if lse is not None or not wanted:
@@ -285,20 +277,25 @@ def _workspace(q: Tensor, num_bytes: int) -> Tensor | None:
 def _cache_workspace(
     kernels: Any,
     q: Tensor,
-    total_q: int,
-    longest: int,
+    max_seqlen_q: int | None,
     k_cache: Tensor,
     block_table: Tensor | None,
     left: int,
 ) -> Tensor | None:
-    capacity = _size(k_cache, 1)
-    if block_table is not None:
-        capacity *= _size(block_table, 1)
-    num_bytes = _cache_workspace_bytes(
-        kernels.flash_attn_with_kvcache_workspace,
-        *(total_q, longest, _size(q, -2), _size(q, -1), capacity, left),
-    )
-    return _workspace(q, num_bytes)
+    """What flash_attn_with_kvcache needs. None as well for shapes that make no sense: the kernel's
+    checks report those."""
+    shape = q.shape
+    try:
+        capacity = k_cache.shape[1]
+        if block_table is not None:
+            capacity *= block_table.shape[1]
+        if len(shape) == 4:
+            sizes = (shape[0] * shape[1], shape[1], shape[2], shape[3], capacity, left)
+        else:
+            sizes = (shape[0], max_seqlen_q or 0, shape[1], shape[2], capacity, left)
+    except (AttributeError, IndexError):
+        return None
+    return _workspace(q, _cache_workspace_bytes(kernels.flash_attn_with_kvcache_workspace, *sizes))
 
 
 @functools.lru_cache(maxsize=4096)
