@@ -137,4 +137,4 @@ def test_a_needed_gradient_takes_the_reference(
 
 
 def test_attention_says_that_it_has_no_kernel() -> None:
-    assert ops.paths()["flash_attn_func"] == ("reference", "no kernel yet")
+    assert ops.paths()["flash_attn_with_kvcache"] == ("reference", "no kernel yet")

@@ -40,7 +40,20 @@ def calls(dtype: torch.dtype = BF16) -> dict[str, Callable[[ModuleType], Any]]:
         )
         return out, *caches
 
+    queries, few, keys = draw(1, 20, 2, 16), draw(1, 2, 2, 16), draw(1, 40, 1, 16)
+    causal: dict[str, Any] = {"causal": True, "window_size": (9, -1)}
+    starts = torch.tensor([0, 20], dtype=torch.int32), torch.tensor([0, 40], dtype=torch.int32)
+    seen = torch.tensor([33], dtype=torch.int32)
+    packed = queries[0], keys[0], keys[0].flip(0), *starts, 20, 40
+    tables = draw(4, 8).float(), draw(4, 8).float(), torch.tensor([0, 3, 4], dtype=torch.int32)
+
     return {
+        "flash_attn_func": lambda m: m.flash_attn_func(queries, keys, keys.flip(1), **causal),
+        "flash_attn_varlen_func": lambda m: m.flash_attn_varlen_func(*packed, **causal),
+        "flash_attn_with_kvcache": lambda m: m.flash_attn_with_kvcache(
+            few, keys, keys.flip(1), cache_seqlens=seen, **causal
+        ),
+        "vision_attn": lambda m: m.vision_attn(qkv, 2, 1, *tables, 3),
         "rms_norm": lambda m: m.rms_norm(x, weight, 1e-6),
         "add_rms_norm": lambda m: m.add_rms_norm(x, residual, weight, 1e-6),
         "rms_norm_add": lambda m: m.rms_norm_add(x, residual, weight, 1e-6),
@@ -51,39 +64,51 @@ def calls(dtype: torch.dtype = BF16) -> dict[str, Callable[[ModuleType], Any]]:
     }
 
 
-KERNEL_OF = {
-    "rms_norm": "rms_norm_kernel",
-    "add_rms_norm": "rms_norm_kernel",
-    "rms_norm_add": "rms_norm_kernel",
-    "qk_norm_rope": "heads_kernel",
-    "qk_norm_rope_cache": "heads_kernel",
-    "apply_rope": "heads_kernel",
-    "silu_and_mul": "silu_and_mul_kernel",
+# In the order of their launches.
+KERNELS_OF = {
+    "flash_attn_func": ["prefill_sm80_kernel"],
+    "flash_attn_varlen_func": ["prefill_sm80_kernel"],
+    "flash_attn_with_kvcache": ["decode_kernel"],
+    "vision_attn": ["vision_window_kernel"],
+    "rms_norm": ["rms_norm_kernel"],
+    "add_rms_norm": ["rms_norm_kernel"],
+    "rms_norm_add": ["rms_norm_kernel"],
+    "qk_norm_rope": ["heads_kernel"],
+    "qk_norm_rope_cache": ["heads_kernel"],
+    "apply_rope": ["heads_kernel"],
+    "silu_and_mul": ["silu_and_mul_kernel"],
 }
-assert set(KERNEL_OF) == set(calls()) == set(front_door.KERNELS)
+assert set(KERNELS_OF) == set(calls()) == {*front_door.KERNELS, *front_door.WITHOUT_KERNEL}
 
 
 def tensors(result: Any) -> list[torch.Tensor]:
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
-@pytest.mark.parametrize("name", KERNEL_OF)
+@pytest.mark.parametrize("name", KERNELS_OF)
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
-def test_emulated_ops_launch_one_kernel_and_agree_with_the_reference(
+def test_emulated_ops_launch_their_kernels_and_agree_with_the_reference(
     name: str, dtype: torch.dtype, emulated: Backend
 ) -> None:
     emulator = Emulator(emulator_library())
     emulator.clear_launches()
     results = tensors(calls(dtype)[name](emulated.ops))
     launched = [record.kernel for record in emulator.launches()]
-    assert len(launched) == 1
-    assert KERNEL_OF[name] in launched[0]
+    expected = KERNELS_OF[name]
+    attention = "attn" in name
+    if name in front_door.WITHOUT_KERNEL or (attention and dtype == torch.float32):
+        expected = []
+    assert len(launched) == len(expected)
+    for kernel, words in zip(launched, expected, strict=True):
+        assert words in kernel
     for ours, theirs in zip(results, tensors(calls(dtype)[name](reference)), strict=True):
         assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs)
+        # The weights of values are rounded to the dtype: attn*.py holds them to their tolerance.
+        bounds = {"rtol": 2e-2, "atol": 1e-2} if attention else {}
+        torch.testing.assert_close(ours, theirs, **bounds)
 
 
-@pytest.mark.parametrize("name", KERNEL_OF)
+@pytest.mark.parametrize("name", KERNELS_OF)
 def test_cpu_tensors_take_the_reference(name: str) -> None:
     auto, cuda = FrontDoor("auto"), FrontDoor("cuda")
     assert auto.kernels(torch.zeros(1)) is None
@@ -94,7 +119,7 @@ def test_cpu_tensors_take_the_reference(name: str) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_autograd_takes_the_reference(emulated: Backend) -> None:
+def test_autograd_is_followed(emulated: Backend) -> None:
     emulator = Emulator(emulator_library())
     for which in ("x", "weight"):
         gradients = []
@@ -107,7 +132,7 @@ def test_autograd_takes_the_reference(emulated: Backend) -> None:
             assert emulator.num_launches() == 0
             y.square().sum().backward()
             gradients.append(leaf.grad)
-        assert torch.equal(*gradients)
+        torch.testing.assert_close(*gradients)
     x = torch.randn(3, 64, requires_grad=True)
     with torch.no_grad():
         assert not emulated.ops.rms_norm(x, torch.ones(64), 1e-6).requires_grad
@@ -116,10 +141,15 @@ def test_autograd_takes_the_reference(emulated: Backend) -> None:
 
 def test_parts_of_a_projection_carry_gradients_too(emulated: Backend) -> None:
     parts = [torch.randn(2, width) for width in (32, 16, 16)]
+    weights = [torch.randn(2, heads, 16) for heads in (2, 1, 1)]
     for number in range(3):
-        leaves = [p.clone().requires_grad_(i == number) for i, p in enumerate(parts)]
-        results = emulated.ops.qk_norm_rope(tuple(leaves), 2, 1, None, None, None, None, None, 1e-6)
-        assert [r.requires_grad for r in results] == [i == number for i in range(3)]
+        gradients = []
+        for module in (emulated.ops, reference):
+            leaves = [p.clone().requires_grad_(i == number) for i, p in enumerate(parts)]
+            results = module.qk_norm_rope(tuple(leaves), 2, 1, None, None, None, None, None, 1e-6)
+            sum((r * w).sum() for r, w in zip(results, weights, strict=True)).backward()
+            gradients.append(leaves[number].grad)
+        torch.testing.assert_close(*gradients)
 
 
 def test_a_preallocated_output_refuses_a_gradient(emulated: Backend) -> None:
@@ -171,9 +201,16 @@ class Wrapped(torch.Tensor):
     """A subclass, as quantisation libraries make them."""
 
 
-@pytest.mark.parametrize("name", KERNEL_OF)
-def test_tensors_without_plain_memory_take_the_reference(name: str, emulated: Backend) -> None:
-    """Meta tensors and subclasses: the same call works, through plain PyTorch."""
+class Recorder:
+    """Stands for a module of ops; a call of any gives its arguments, the first one apart."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda first, *rest, **keywords: (first, (rest, keywords))
+
+
+@pytest.mark.parametrize("name", KERNELS_OF)
+def test_tensors_without_plain_memory_are_taken(name: str, emulated: Backend) -> None:
+    """Meta tensors and subclasses: the same call works, without the kernels of this backend."""
     x = torch.randn(4, 64)
     emulator = Emulator(emulator_library())
     emulator.clear_launches()
@@ -202,6 +239,9 @@ def test_tensors_without_plain_memory_take_the_reference(name: str, emulated: Ba
         "qk_norm_rope_cache": ((sub, *prepare), {**cache, "slot_mapping": torch.arange(4)}),
         "apply_rope": ((*heads, *table), {}),
     }
+    if name not in arguments:
+        sub, rest = calls()[name](Recorder())
+        arguments[name] = ((sub.as_subclass(Wrapped), *rest[0]), rest[1])
     positional, keywords = arguments[name]
     results = tensors(getattr(emulated.ops, name)(*positional, **keywords))
     expected = tensors(getattr(reference, name)(*positional, **keywords))
@@ -226,3 +266,15 @@ def test_what_is_no_tensor_is_named_on_every_path(
     }
     with pytest.raises(TypeError, match=r"expected a torch.Tensor, got str"):
         getattr(ops.for_path(backend), name)(*arguments[name])
+
+
+def test_compilers_see_registered_ops(emulated: Backend) -> None:
+    """No graph break: the front door steps aside while a call is traced."""
+
+    def step(x: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        y = emulated.ops.rms_norm(x, torch.ones(64), 1e-6)
+        return emulated.ops.flash_attn_func(q, k, k, causal=True).flatten(2) + y
+
+    inputs = torch.randn(1, 3, 64), torch.randn(1, 3, 4, 16), torch.randn(1, 5, 2, 16)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), step(*inputs))

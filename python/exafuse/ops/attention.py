@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from exafuse import reference
-from exafuse.ops.front_door import WITHOUT_KERNEL, FrontDoor, documented_by
+from exafuse.ops.front_door import WITHOUT_KERNEL, FrontDoor, P, R, documented_by
 from exafuse.reference._cache_check import check_longest, lengths_of
 from exafuse.reference._check import check_count, check_heads, check_scale, check_window, refuse
 from exafuse.reference.attention import refuse_pages
 
 DECODE_QUERIES = 16  # up to as many queries a sequence, the decode kernel reads the keys faster
+
+
+class Beyond(Protocol):
+    """:meth:`FrontDoor.beyond`, or what stands for it."""
+
+    def __call__(self, first: Tensor, definition: Callable[P, R], /) -> Callable[P, R]: ...
 
 
 class AttentionOps(FrontDoor):
@@ -38,7 +45,7 @@ class AttentionOps(FrontDoor):
         out: Tensor | None = None,
         lse: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, None]:
-        kernels = self._attention_kernels("flash_attn_func", q, k, v, out, lse)
+        kernels, fallback = self._attention_kernels("flash_attn_func", q, k, v, out, lse)
         if kernels is not None:
             refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes)
             left, right = check_window(window_size, causal)
@@ -47,15 +54,16 @@ class AttentionOps(FrontDoor):
                 result = q.new_empty(q.shape) if out is None else out
                 sums = _lse(q, lse, return_attn_probs)
                 rest = (scale, left, right)
-                if q.dim() == 4 and q.shape[1] <= DECODE_QUERIES:
+                few = q.dim() == 4 and q.shape[1] <= DECODE_QUERIES
+                if few and "flash_attn_with_kvcache" not in WITHOUT_KERNEL:
                     self._few_queries(kernels, q, k, v, *rest, result, sums)
                 else:
                     kernels.flash_attn_func(q, k, v, *rest, result, sums)
                 self.written(out, lse)
                 return (result, sums, None) if return_attn_probs and sums is not None else result
             except kernels.NotAPlainTensor:
-                pass  # plain PyTorch takes any tensor
-        return reference.flash_attn_func(
+                pass
+        return fallback(q, reference.flash_attn_func)(
             *(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes),
             *(deterministic, return_attn_probs),
             out=out,
@@ -107,7 +115,7 @@ class AttentionOps(FrontDoor):
         out: Tensor | None = None,
         lse: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, None]:
-        kernels = self._attention_kernels("flash_attn_varlen_func", q, k, v, out, lse)
+        kernels, fallback = self._attention_kernels("flash_attn_varlen_func", q, k, v, out, lse)
         if kernels is not None:
             refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes)
             refuse_pages(block_table)
@@ -125,8 +133,8 @@ class AttentionOps(FrontDoor):
                 self.written(out, lse)
                 return (result, sums, None) if return_attn_probs and sums is not None else result
             except kernels.NotAPlainTensor:
-                pass  # plain PyTorch takes any tensor
-        return reference.flash_attn_varlen_func(
+                pass
+        return fallback(q, reference.flash_attn_varlen_func)(
             *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p),
             *(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
             *(return_attn_probs, block_table),
@@ -163,7 +171,7 @@ class AttentionOps(FrontDoor):
         out: Tensor | None = None,
         lse: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        kernels = self._attention_kernels(
+        kernels, fallback = self._attention_kernels(
             "flash_attn_with_kvcache", q, k_cache, v_cache, k, v, out, lse
         )
         if kernels is not None:
@@ -194,11 +202,21 @@ class AttentionOps(FrontDoor):
                     self.written(k_cache, v_cache)
                 return (result, sums) if return_softmax_lse and sums is not None else result
             except kernels.NotAPlainTensor:
-                pass  # plain PyTorch takes any tensor
-        return reference.flash_attn_with_kvcache(
-            *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx),
-            *(cache_leftpad, block_table, softmax_scale, causal, window_size, softcap),
-            *(rotary_interleaved, alibi_slopes, num_splits, return_softmax_lse),
+                pass
+        return fallback(q, reference.flash_attn_with_kvcache)(
+            *(q, k_cache, v_cache, k, v),
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            cache_seqlens=cache_seqlens,
+            cache_batch_idx=cache_batch_idx,
+            cache_leftpad=cache_leftpad,
+            block_table=block_table,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            return_softmax_lse=return_softmax_lse,
             cu_seqlens_q=cu_seqlens_q,
             max_seqlen_q=max_seqlen_q,
             ring=ring,
@@ -220,7 +238,7 @@ class AttentionOps(FrontDoor):
         *,
         out: Tensor | None = None,
     ) -> Tensor:
-        kernels = self._attention_kernels("vision_attn", qkv, cos, sin, out)
+        kernels, fallback = self._attention_kernels("vision_attn", qkv, cos, sin, out)
         if kernels is not None:
             check_heads(num_heads, num_kv_heads)
             check_count("max_seqlen", max_seqlen)
@@ -241,23 +259,28 @@ class AttentionOps(FrontDoor):
                 self.written(out)
                 return result
             except kernels.NotAPlainTensor:
-                pass  # plain PyTorch takes any tensor
-        return reference.vision_attn(
+                pass
+        return fallback(qkv, reference.vision_attn)(
             *(qkv, num_heads, num_kv_heads, cos, sin, cu_seqlens, max_seqlen, softmax_scale),
             out=out,
         )
 
-    def _attention_kernels(self, op: str, q: Tensor, *others: Tensor | None) -> Any:
-        """The extension for a call of ``op``, or None: the kernels have no fp32."""
-        if op in WITHOUT_KERNEL:
-            if getattr(q, "is_cuda", False) and not self._gave_up:
-                self.say_once(f"{op} has no kernel yet: it runs in plain PyTorch on the GPU")
-            return None
+    def _attention_kernels(self, op: str, q: Tensor, *others: Tensor | None) -> tuple[Any, Beyond]:
+        """The extension for a call of ``op``, or None, and who takes it otherwise."""
         kernels = self.kernels(q, *others)
-        if kernels is not None and q.dtype is torch.float32:
-            self.say_once(f"{op} on float32 has no kernel: it runs in plain PyTorch")
-            return None
-        return kernels
+        if kernels is None:
+            return None, self.beyond
+        if q.dtype is torch.float32:
+            self.say_once(f"{op} has no kernel for float32: it runs in plain PyTorch")
+            return None, _plain
+        if op in WITHOUT_KERNEL:
+            self.say_once(f"{op} has no kernel yet: it runs in plain PyTorch")
+            return None, _plain
+        return kernels, self.beyond
+
+
+def _plain(_: Tensor, definition: Callable[P, R]) -> Callable[P, R]:
+    return definition
 
 
 def _lse(q: Tensor, lse: Tensor | None, wanted: bool) -> Tensor | None:

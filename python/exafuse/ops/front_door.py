@@ -1,8 +1,9 @@
 """Which path a call takes: the kernels of an extension, or the reference. One class for all ops.
 
-A call goes to the reference when its tensors live where the kernels do not, when autograd has to
-follow it, or when a tensor has no plain memory (fake, wrapped by a transform, a subclass);
-everything else goes to the extension directly. ``EXAFUSE_BACKEND`` chooses for the module
+A call goes to the reference when its tensors live where the kernels do not. It goes to the ops
+registered with torch, whose kernels are the same, when autograd or a compiler has to follow it, or
+when a tensor has no plain memory (fake, wrapped by a transform, a subclass); everything else goes
+to the extension directly. ``EXAFUSE_BACKEND`` chooses for the module
 :mod:`exafuse.ops`, read once at import:
 
 * ``auto`` (default): CUDA tensors take the kernels; where those cannot run, the reference, and a
@@ -23,7 +24,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ BACKENDS = ("auto", "cuda", "reference", "emulated")
 KERNELS = (
     "add_rms_norm",
     "apply_rope",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
     "qk_norm_rope",
     "qk_norm_rope_cache",
     "rms_norm",
@@ -44,8 +47,6 @@ KERNELS = (
 )
 # Public ops without a kernel: they run on the reference wherever their tensors are.
 WITHOUT_KERNEL = (
-    "flash_attn_func",
-    "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
     "vision_attn",
 )
@@ -53,6 +54,8 @@ OLDEST_GPU = (8, 0)
 
 _REBUILD = "rebuild it: pip install --force-reinstall --no-cache-dir --no-deps exafuse"
 _log = logging.getLogger("exafuse")
+P = ParamSpec("P")
+R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., object])
 
 
@@ -86,12 +89,12 @@ class FrontDoor:
         self._said: set[str] = set()
 
     def kernels(self, first: Tensor, *others: Tensor | None) -> Any:
-        """The extension that takes a call on these tensors, or None for the reference.
+        """The extension that takes a call on these tensors directly, or None.
 
-        ``others`` are those that may carry a gradient besides ``first``. Under ``torch.compile``
-        and autograd, registered ops will be chosen here as well.
+        ``others`` are those that may carry a gradient besides ``first``. None as well where the
+        call has to be seen, by autograd or a compiler: :meth:`beyond` says who takes it then.
         """
-        if self._gave_up or not isinstance(first, Tensor):
+        if self._gave_up or not isinstance(first, Tensor) or torch.compiler.is_compiling():
             return None
         if not (self._takes_cpu or first.is_cuda):
             return None
@@ -100,6 +103,21 @@ class FrontDoor:
                 if tensor is not None and getattr(tensor, "requires_grad", False):
                     return None
         return self._extension or self._load()
+
+    def beyond(self, first: Tensor, definition: Callable[P, R]) -> Callable[P, R]:
+        """The function that takes a call which the extension does not take directly.
+
+        The registered op of the name of ``definition``, a reference op, where kernels exist for
+        tensors like ``first``: it shows itself to autograd, compilers and wrapped tensors. Else
+        ``definition`` itself.
+        """
+        if self._gave_up or not isinstance(first, Tensor):
+            return definition
+        if not (self._takes_cpu or first.is_cuda) or first.is_meta:
+            return definition
+        from exafuse.ops import registered
+
+        return cast(Callable[P, R], getattr(registered, definition.__name__))
 
     def written(self, *tensors: Tensor | None) -> None:
         """Tell autograd that a kernel wrote into tensors that the caller brought."""

@@ -50,8 +50,8 @@ class RopeOps(FrontDoor):
                 self.written(q_out, k_out, value)
                 return q_out, k_out, value
             except kernels.NotAPlainTensor:
-                pass  # plain PyTorch takes any tensor
-        return reference.qk_norm_rope(
+                pass
+        return self.beyond(q, reference.qk_norm_rope)(
             *(qkv, num_heads, num_kv_heads, q_weight, k_weight, cos, sin, positions, eps), out=out
         )
 
@@ -88,8 +88,8 @@ class RopeOps(FrontDoor):
                 self.written(k_cache, v_cache, out)
                 return q_out
             except kernels.NotAPlainTensor:
-                pass  # plain PyTorch takes any tensor
-        return reference.qk_norm_rope_cache(
+                pass
+        return self.beyond(q, reference.qk_norm_rope_cache)(
             *(qkv, num_heads, num_kv_heads, q_weight, k_weight, cos, sin, positions, eps),
             k_cache=k_cache,
             v_cache=v_cache,
@@ -111,13 +111,13 @@ class RopeOps(FrontDoor):
         q_out, k_out = out if out is not None else (None, None)
         kernels = self.kernels(q, k, q_out, k_out)
         if kernels is None:
-            return reference.apply_rope(q, k, cos, sin, positions, out=out)
+            return self.beyond(q, reference.apply_rope)(q, k, cos, sin, positions, out=out)
         try:
             q_out = torch.empty_like(q) if q_out is None else q_out
             k_out = torch.empty_like(k) if k_out is None else k_out
             kernels.apply_rope(q, k, cos, sin, positions, q_out, k_out)
         except kernels.NotAPlainTensor:
-            return reference.apply_rope(q, k, cos, sin, positions, out=out)
+            return self.beyond(q, reference.apply_rope)(q, k, cos, sin, positions, out=out)
         if out is not None:
             self.written(q_out, k_out)
         return q_out, k_out

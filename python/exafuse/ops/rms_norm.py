@@ -18,12 +18,12 @@ class NormOps(FrontDoor):
     ) -> Tensor:
         kernels = self.kernels(x, weight, out)
         if kernels is None:
-            return reference.rms_norm(x, weight, eps, out=out)
+            return self.beyond(x, reference.rms_norm)(x, weight, eps, out=out)
         try:
             y = torch.empty_like(x) if out is None else out
             kernels.rms_norm(x, weight, eps, y)
         except kernels.NotAPlainTensor:
-            return reference.rms_norm(x, weight, eps, out=out)
+            return self.beyond(x, reference.rms_norm)(x, weight, eps, out=out)
         if out is not None:
             self.written(out)
         return y
@@ -41,13 +41,13 @@ class NormOps(FrontDoor):
         y, new_residual = out if out is not None else (None, None)
         kernels = self.kernels(x, residual, weight, y, new_residual)
         if kernels is None:
-            return reference.add_rms_norm(x, residual, weight, eps, out=out)
+            return self.beyond(x, reference.add_rms_norm)(x, residual, weight, eps, out=out)
         try:
             y = torch.empty_like(x) if y is None else y
             new_residual = torch.empty_like(x) if new_residual is None else new_residual
             kernels.add_rms_norm(x, residual, weight, eps, y, new_residual)
         except kernels.NotAPlainTensor:
-            return reference.add_rms_norm(x, residual, weight, eps, out=out)
+            return self.beyond(x, reference.add_rms_norm)(x, residual, weight, eps, out=out)
         if out is not None:
             self.written(y, new_residual)
         return y, new_residual
@@ -58,12 +58,12 @@ class NormOps(FrontDoor):
     ) -> Tensor:
         kernels = self.kernels(x, residual, weight, out)
         if kernels is None:
-            return reference.rms_norm_add(x, residual, weight, eps, out=out)
+            return self.beyond(x, reference.rms_norm_add)(x, residual, weight, eps, out=out)
         try:
             y = torch.empty_like(x) if out is None else out
             kernels.rms_norm_add(x, residual, weight, eps, y)
         except kernels.NotAPlainTensor:
-            return reference.rms_norm_add(x, residual, weight, eps, out=out)
+            return self.beyond(x, reference.rms_norm_add)(x, residual, weight, eps, out=out)
         if out is not None:
             self.written(out)
         return y

@@ -17,12 +17,12 @@ class ActivationOps(FrontDoor):
     ) -> Tensor:
         kernels = self.kernels(gate_up, up, out)
         if kernels is None:
-            return reference.silu_and_mul(gate_up, up, out=out)
+            return self.beyond(gate_up, reference.silu_and_mul)(gate_up, up, out=out)
         try:
             y = _new_output(gate_up, up) if out is None else out
             kernels.silu_and_mul(gate_up, up, y)
         except kernels.NotAPlainTensor:
-            return reference.silu_and_mul(gate_up, up, out=out)
+            return self.beyond(gate_up, reference.silu_and_mul)(gate_up, up, out=out)
         if out is not None:
             self.written(out)
         return y

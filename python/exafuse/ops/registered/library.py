@@ -38,6 +38,13 @@ def like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _plain(x: Any) -> Any:
+    """Subclasses without a dispatch of their own arrive here as they are."""
+    if isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter):
+        return x.as_subclass(Tensor)
+    return x
+
+
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define an op.
 
@@ -51,7 +58,7 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
 
     @torch.no_grad()
     def implementation(*args: Any, **kwargs: Any) -> Any:
-        results = run(*args, **kwargs)
+        results = run(*map(_plain, args), **{n: _plain(x) for n, x in kwargs.items()})
         if isinstance(results, Tensor):
             return results.contiguous()
         return tuple(x.contiguous() for x in results)
