@@ -1,10 +1,11 @@
-"""Whole models on the emulated kernels; attention, which has no kernel yet, on the reference."""
+"""Whole models on the emulated kernels, attention included; in fp32, where it has no kernel, on the
+reference there."""
 
 from __future__ import annotations
 
-import collections
 import re
 from pathlib import Path
+from typing import Any
 
 import exafuse
 import pytest
@@ -12,9 +13,10 @@ import tiny_models
 import torch
 import transformers
 from emulator.control import Emulator
-from exafuse import ops
+from exafuse.layers import Attention
 from exafuse.ops.front_door import emulator_problem, load_emulated
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = [
     pytest.mark.emulated,
@@ -35,12 +37,40 @@ CASES = {
         ],
     },
 }
-# What one decode step must launch: per layer, and once at the end (or at the start).
-PER_LAYER = {
-    "llama": {"rms_norm<1>": 2, "heads": 1, "silu_and_mul": 1},
-    "qwen2": {"rms_norm<1>": 2, "heads": 1, "silu_and_mul": 1},
-    "exaone4": {"rms_norm<2>": 2, "heads": 1, "silu_and_mul": 1},
+PRE_NORM = ["rms_norm<1>", "heads", "attention", "rms_norm<1>", "silu_and_mul"]
+# What one step must launch, in order: a layer, and what follows the last one. The first norm of a
+# pre-norm model has nothing to add yet.
+LAYER = {
+    "llama": PRE_NORM,
+    "qwen2": PRE_NORM,
+    "exaone4": ["heads", "attention", "rms_norm<2>", "silu_and_mul", "rms_norm<2>"],
 }
+LAST = {"llama": ["rms_norm<1>"], "qwen2": ["rms_norm<1>"], "exaone4": ["rms_norm<0>"]}
+# Kernels that write the keys and values of a call anew, or put them another way round.
+COPIES = {"copy_", "clone", "_to_copy", "contiguous", "cat", "index_copy_", "index_put_"}
+
+
+class Copies(TorchDispatchMode):
+    """Notes every torch op inside the attention layers of a model that copies a tensor."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.inside = self.layers = 0
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.register_forward_pre_hook(lambda *_: self.count(1))
+                module.register_forward_hook(lambda *_: self.count(0))
+
+    def count(self, inside: int) -> None:
+        self.inside = inside
+        self.layers += inside
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if self.inside and name in COPIES:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 def stem(kernel: str) -> str:
@@ -107,23 +137,67 @@ def test_low_precision_logits_are_as_near_to_fp32_as_transformers(
     assert torch.equal(logits.argmax(-1)[clear], top.indices[..., 0][clear])
 
 
+def launched(emulator: Emulator) -> list[str]:
+    stems = [stem(record.kernel) for record in emulator.launches()]
+    emulator.clear_launches()
+    return stems
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", CASES)
 def test_each_layer_launches_the_fused_kernels(
-    folders: dict[str, Path], emulator: Emulator, family: str
+    folders: dict[str, Path], emulator: Emulator, family: str, dtype: torch.dtype
 ) -> None:
-    model = exafuse.from_pretrained(folders[family], backend="emulated", device="cpu")
+    """A prefill, a decode step, a few tokens at once, and a call without a cache."""
+    model = exafuse.from_pretrained(folders[family], backend="emulated", device="cpu", dtype=dtype)
     cache = model.new_cache(2)
-    model.next_logits(torch.randint(0, 97, (2, 9)), cache)
-    emulator.clear_launches()
-    model.next_logits(torch.randint(0, 97, (2, 1)), cache)
-    counts = collections.Counter(stem(record.kernel) for record in emulator.launches())
-    expected = collections.Counter(
-        {name: n * model.config.num_layers for name, n in PER_LAYER[family].items()}
+    copies = Copies(model)
+    steps = {30: "prefill_sm80", 1: "decode", 4: "decode", None: "prefill_sm80"}
+    for tokens, attention in steps.items():
+        emulator.clear_launches()
+        with Copies() as copies:
+            if tokens is None:
+                model(torch.randint(0, 97, (2, 30)))
+            else:
+                model.next_logits(torch.randint(0, 97, (2, tokens)), cache)
+        layer = [attention if name == "attention" else name for name in LAYER[family]]
+        expected = layer * model.config.num_layers + LAST[family]
+        if family != "exaone4":
+            expected[0] = "rms_norm<0>"
+        assert launched(emulator) == expected, tokens
+    assert copies.names == []
+    assert copies.layers == len(steps) * model.config.num_layers
+
+
+@torch.no_grad()
+def test_queries_and_caches_reach_attention_as_they_are(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the preparing kernel wrote is what the attention kernel reads: no copy lies between."""
+    model = exafuse.from_pretrained(
+        folders["exaone4"], backend="emulated", device="cpu", dtype=torch.bfloat16
     )
-    # Pre-norm: the first norm has nothing to add yet. Post-norm: the final norm.
-    expected["rms_norm<0>"] = 1
-    assert counts == expected
+    extension = load_emulated()
+    written: list[tuple[int, ...]] = []
+    read: list[tuple[int, ...]] = []
+
+    def note(name: str, calls: list[tuple[int, ...]], *tensors: int) -> None:
+        function = getattr(extension, name)
+
+        def call(*args: Any) -> None:
+            calls.append(tuple(args[i].data_ptr() for i in tensors))
+            function(*args)
+
+        monkeypatch.setattr(extension, name, call)
+
+    note("qk_norm_rope_cache", written, 14, 11, 12)
+    note("flash_attn_with_kvcache", read, 0, 1, 2)
+    cache = model.new_cache(2)
+    for tokens in (20, 1, 3):
+        model.next_logits(torch.randint(0, 97, (2, tokens)), cache)
+    assert len(read) == 3 * model.config.num_layers
+    assert read == written
 
 
 def test_a_needed_gradient_takes_the_reference(
@@ -134,7 +208,3 @@ def test_a_needed_gradient_takes_the_reference(
     model(ids, labels=ids).loss.backward()
     assert emulator.num_launches() == 0
     assert all(p.grad is not None for p in model.parameters())
-
-
-def test_attention_says_that_it_has_no_kernel() -> None:
-    assert ops.paths()["flash_attn_with_kvcache"] == ("reference", "no kernel yet")

@@ -54,8 +54,7 @@ class AttentionOps(FrontDoor):
                 result = q.new_empty(q.shape) if out is None else out
                 sums = _lse(q, lse, return_attn_probs)
                 rest = (scale, left, right)
-                few = q.dim() == 4 and q.shape[1] <= DECODE_QUERIES
-                if few and "flash_attn_with_kvcache" not in WITHOUT_KERNEL:
+                if q.dim() == 4 and q.shape[1] <= DECODE_QUERIES:
                     self._few_queries(kernels, q, k, v, *rest, result, sums)
                 else:
                     kernels.flash_attn_func(q, k, v, *rest, result, sums)

@@ -39,6 +39,7 @@ KERNELS = (
     "apply_rope",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
     "qk_norm_rope",
     "qk_norm_rope_cache",
     "rms_norm",
@@ -46,10 +47,9 @@ KERNELS = (
     "silu_and_mul",
 )
 # Public ops without a kernel: they run on the reference wherever their tensors are.
-WITHOUT_KERNEL = (
-    "flash_attn_with_kvcache",
-    "vision_attn",
-)
+WITHOUT_KERNEL = ("vision_attn",)
+# What the kernels of attention need to know before they are called.
+WORKSPACES = ("flash_attn_with_kvcache_workspace",)
 OLDEST_GPU = (8, 0)
 
 _REBUILD = "rebuild it: pip install --force-reinstall --no-cache-dir --no-deps exafuse"
@@ -231,7 +231,8 @@ def cuda_problem() -> str:
 
 
 def _complete(extension: ModuleType) -> ModuleType:
-    missing = [name for name in (*KERNELS, "NotAPlainTensor") if not hasattr(extension, name)]
+    needed = (*KERNELS, *WORKSPACES, "NotAPlainTensor")
+    missing = [name for name in needed if not hasattr(extension, name)]
     if missing:
         raise BackendError(
             f"{extension.__name__} is an old build that lacks {', '.join(missing)}; {_REBUILD}"
