@@ -156,7 +156,7 @@ def test_each_layer_launches_the_fused_kernels(
     steps = {30: "prefill_sm80", 1: "decode", 4: "decode", None: "prefill_sm80"}
     for tokens, attention in steps.items():
         emulator.clear_launches()
-        with Copies() as copies:
+        with copies:
             if tokens is None:
                 model(torch.randint(0, 97, (2, 30)))
             else:
