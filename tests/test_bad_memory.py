@@ -77,14 +77,21 @@ def test_interleaved_views_of_one_buffer_are_apart(emulated: object) -> None:
 def test_what_is_no_tensor_is_a_type_error_that_names_it(
     extension: ModuleType, name: str, value: object
 ) -> None:
-    optional = {"k", "v", "q_weight", "k_weight", "cos", "sin", "positions", "v_out", "up"}
-    if name == "apply_rope":
+    arguments = ARGUMENTS[name]()
+    numbers = {n for n, x in arguments.items() if isinstance(x, float | int)}
+    optional = {"q_weight", "k_weight", "cos", "sin", "positions", "v_out", "up", "lse"}
+    if name in ("apply_rope", "vision_attn"):
         optional = set()
-    for argument in ARGUMENTS[name]():
-        if argument in ("eps", "num_heads", "num_kv_heads") or (
-            value is None and argument in optional
-        ):
+    if name.startswith("qk_norm_rope"):
+        optional |= {"k", "v"}
+    if name == "flash_attn_with_kvcache":
+        # Without one of them, another one is wrong: test_bad_attention.py.
+        optional |= {"k", "v", "block_table", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q"}
+    for argument in arguments:
+        if argument in numbers or (value is None and argument in {*optional, "workspace"}):
             continue
+        if argument == "cu_seqlens_q" and arguments[argument] is None:
+            continue  # says how q is laid out, which is looked at first
         changes = {argument: value}
         if argument in ("k", "v") and name.startswith("qk_norm_rope"):  # three projections
             widths = {"q": 32, "k": 16, "v": 16}

@@ -19,7 +19,6 @@ from exafuse.ops.attention import AttentionOps
 from exafuse.ops.front_door import (
     BACKENDS,
     KERNELS,
-    WITHOUT_KERNEL,
     backend_from_environment,
     cuda_problem,
     emulator_problem,
@@ -100,9 +99,8 @@ def paths() -> dict[str, tuple[str, str]]:
     taken = _default.path_for(device)
     if device.type == "cpu" and taken[0] == "reference" and path in ("auto", "cuda"):
         taken = ("reference", cuda_problem())
-    none = ("reference", "no kernel yet")
-    return {name: none if name in WITHOUT_KERNEL else taken for name in __all__}
+    return dict.fromkeys(__all__, taken)
 
 
-assert set(__all__) == {*KERNELS, *WITHOUT_KERNEL}
+assert set(__all__) == set(KERNELS)
 assert path in BACKENDS

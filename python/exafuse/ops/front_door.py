@@ -33,7 +33,7 @@ from exafuse.errors import BackendError
 
 BACKENDS = ("auto", "cuda", "reference", "emulated")
 
-# Every function that this Python code calls; a binary without one of them is an old build.
+# Every op; a binary without one of them is an old build.
 KERNELS = (
     "add_rms_norm",
     "apply_rope",
@@ -45,11 +45,10 @@ KERNELS = (
     "rms_norm",
     "rms_norm_add",
     "silu_and_mul",
+    "vision_attn",
 )
-# Public ops without a kernel: they run on the reference wherever their tensors are.
-WITHOUT_KERNEL = ("vision_attn",)
-# What the kernels of attention need to know before they are called.
-WORKSPACES = ("flash_attn_with_kvcache_workspace",)
+# What says how much memory some of them want beside their results.
+WORKSPACES = ("flash_attn_with_kvcache_workspace", "vision_attn_workspace")
 OLDEST_GPU = (8, 0)
 
 _REBUILD = "rebuild it: pip install --force-reinstall --no-cache-dir --no-deps exafuse"
