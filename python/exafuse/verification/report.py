@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exafuse.config import LayerPlan, ModelConfig
-from exafuse.verification.sides import Trace
+from exafuse.config import ModelConfig
+from exafuse.verification.sides import EMBEDDING, Trace
 
 # fp32: error of a logit relative to the largest logit; relative L2 error of a token's hidden state.
 FP32_LOGIT_LIMIT = 2e-5
@@ -25,8 +25,6 @@ LAYER_RATIO = 1.5
 LOGIT_RATIO = 1.25
 KL_RATIO, KL_FLOOR = 2.0, 1e-6
 WORST_RATIO = 4.0
-_EMBEDDING = "embedding"
-_DRAFTS = "MTP head, scores of its drafts"
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ class Report:
 def compare_fp32(ours: Trace, other: Trace, config: ModelConfig, **about: Any) -> Report:
     """Hold two fp32 traces against each other; ``about`` are the report's descriptive fields."""
     layers = []
-    for (name, a), (_, b) in zip(_stages(ours, config), _stages(other, config), strict=True):
+    for (name, a), (_, b) in zip(ours.stages(config), other.stages(config), strict=True):
         layers.append(_layer_error(name, a, b, FP32_LAYER_LIMIT, FP32_LAYER_LIMIT))
     limit = FP32_LOGIT_LIMIT * float(other.logits.abs().max())
     checks = (
@@ -180,9 +178,9 @@ def compare_half(
     half_ulp = torch.finfo(getattr(torch, about["dtype"])).eps / 2
     layers: list[LayerError] = []
     for (name, a), (_, b), (_, exact) in zip(
-        *(_stages(trace, config) for trace in (ours, yardstick, truth)), strict=True
+        *(trace.stages(config) for trace in (ours, yardstick, truth)), strict=True
     ):
-        errors, floor = _row_errors(b, exact), 0.0 if name == _EMBEDDING else half_ulp
+        errors, floor = _row_errors(b, exact), 0.0 if name == EMBEDDING else half_ulp
         limit = LAYER_RATIO * _slack(len(exact)) * max(_rms(errors), floor)
         worst_limit = WORST_RATIO * max(float(errors.max()), floor)
         layers.append(_layer_error(name, a, exact, limit, worst_limit))
@@ -286,18 +284,3 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
         key: "inf" if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in values.items()
     }
-
-
-def _stages(trace: Trace, config: ModelConfig) -> list[tuple[str, Tensor]]:
-    """What a trace holds before the logits, in the order of the computation."""
-    first = f"{_EMBEDDING}, with the features in their places" if trace.tower else _EMBEDDING
-    names = [first, *(_layer_name(layer) for layer in config.layers)]
-    names[-1] += ", with the final norm"
-    stages = [*trace.tower.items(), *zip(names, trace.hidden, strict=True)]
-    return stages if trace.drafts is None else [*stages, (_DRAFTS, trace.drafts)]
-
-
-def _layer_name(layer: LayerPlan) -> str:
-    left = layer.window_size[0]
-    window = "all tokens" if left < 0 else f"window {left + 1}"
-    return f"layer {layer.index} ({window}, {'RoPE' if layer.rope else 'NoPE'}, {layer.norm}-norm)"

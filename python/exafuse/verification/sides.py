@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exafuse.config import ModelConfig, load_config
+from exafuse.config import LayerPlan, ModelConfig, load_config
 from exafuse.models.decoder import Decoder
 from exafuse.verification.mtp import PlainHead, draft_logits
 from exafuse.verification.tower_trace import traced_tower
 from exafuse.weights.checkpoint import Checkpoint
 from exafuse.weights.names import num_mtp_layers
 
+EMBEDDING = "embedding"
 COMPARED_TOKENS = 512  # of a long prompt the last ones are compared: those see the most
 DRAFTS = 3  # tokens that the draft module goes on with after the prompt
 
@@ -37,6 +38,23 @@ class Trace:
     tokens: tuple[int, ...]
     tower: dict[str, Tensor] = field(default_factory=dict)
     drafts: Tensor | None = None
+
+    def stages(self, config: ModelConfig) -> list[tuple[str, Tensor]]:
+        """Names and ``[rows, width]`` of all before the logits, in the order of the
+        computation."""
+        first = f"{EMBEDDING}, with the features in their places" if self.tower else EMBEDDING
+        names = [first, *(_layer_name(layer) for layer in config.layers)]
+        names[-1] += ", with the final norm"
+        stages = [*self.tower.items(), *zip(names, self.hidden, strict=True)]
+        if self.drafts is not None:
+            stages.append(("MTP head, scores of its drafts", self.drafts))
+        return stages
+
+
+def _layer_name(layer: LayerPlan) -> str:
+    left = layer.window_size[0]
+    window = "all tokens" if left < 0 else f"window {left + 1}"
+    return f"layer {layer.index} ({window}, {'RoPE' if layer.rope else 'NoPE'}, {layer.norm}-norm)"
 
 
 def run_side(
