@@ -184,17 +184,14 @@ class SharedTile {
   template <int kThreads>
   __device__ __forceinline__ void load_elements(const T* source, int64_t row_stride, int begin,
                                                 int end, int chunks, int tid) const {
-#pragma unroll 1
-    for (int i = tid; i < kRows * kChunks; i += kThreads) {
-      const int row = i / kChunks;
-      const int at = i % kChunks;
+    for_each_own_chunk<kThreads>(tid, [&](int row, int at) {
       auto vec = Vec<T, kChunkElements>::zero();
       if (row >= begin && row < end && at < chunks) {
         vec = Vec<T, kChunkElements>::template load<false>(source + row * row_stride +
                                                            at * kChunkElements);
       }
       vec.store_shared(chunk(row, at));
-    }
+    });
   }
 
   // All bits of each half of `two` that is a NaN or an infinity.
