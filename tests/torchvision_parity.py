@@ -188,8 +188,9 @@ def filled(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("name", list(CONVERSATIONS))
-@pytest.mark.parametrize("thinking", [None, True, False])
+@pytest.mark.parametrize(
+    ("name", "thinking"), [("text", True), ("one", None), ("many", None), ("many", False)]
+)
 def test_conversations(ours: Processor, theirs: Any, name: str, thinking: bool | None) -> None:
     options = {} if thinking is None else {"enable_thinking": thinking}
     call = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **options}
@@ -210,6 +211,34 @@ def test_settings_saved_by_transformers(ours: Processor, theirs: Any, tmp_path: 
     messages = filled(CONVERSATIONS["many"])
     again = load_processor(tmp_path).encode(messages).inputs
     assert_equal(again, ours.encode(messages).inputs)
+
+
+PIXELS = {"min_pixels": 56 * 56, "max_pixels": 84 * 84}
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        {"size": None, **PIXELS},
+        {"size": PIXELS, **PIXELS},
+        {"size": {"shortest_edge": 9, "longest_edge": 99}, **PIXELS},
+        {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "do_normalize": None},
+        {"do_normalize": False, "rescale_factor": 0.01},
+        {"resample": 2, "image_processor_type": "Qwen2VLImageProcessorFast"},
+    ],
+    ids=["pixels", "both", "contradiction", "normalised", "not normalised", "bilinear"],
+)
+def test_settings_of_older_and_other_files(tmp_path: Path, images: dict[str, Any]) -> None:
+    """One file, which then speaks for the videos as well."""
+    folder = vision_checkpoint.save(tmp_path)
+    (folder / "video_preprocessor_config.json").unlink()
+    settings = {**vision_checkpoint.IMAGE_SETTINGS, **images}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    vision_checkpoint.write(folder / "preprocessor_config.json", settings)
+    theirs, ours = AutoProcessor.from_pretrained(folder), load_processor(folder)
+    text, clip = "<|image_pad|> and <|video_pad|>", frames(CLIPS[2], 3)
+    expected = theirs(text=text, images=opened("chelsea.png"), videos=[clip], return_tensors="pt")
+    assert_equal(ours(text=text, images=opened("chelsea.png"), videos=[clip]), expected)
 
 
 def test_the_image_processor_without_torchvision_is_within_one_level(ours: Processor) -> None:

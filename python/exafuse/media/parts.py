@@ -111,6 +111,8 @@ def video_processor(settings: Mapping[str, Any]) -> Any:
         )
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
+    if not hasattr(Qwen2VLVideoProcessor, "cap_pixels_per_frame"):  # an older transformers
+        return Qwen2VLVideoProcessor(**settings)
     # Left open, transformers warns that its default will change; False is what it is now.
     return Qwen2VLVideoProcessor(**{"cap_pixels_per_frame": False, **settings})
 

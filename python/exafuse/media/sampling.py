@@ -94,7 +94,7 @@ def video_tokens(processor: Any, num_frames: int, width: int, height: int, where
         _check_divisible(width, height, unit, where)
         return -(-num_frames // group) * (width // unit) * (height // unit)
     size = {name: processor.size[name] for name in ("shortest_edge", "longest_edge")}
-    if processor.cap_pixels_per_frame:
+    if getattr(processor, "cap_pixels_per_frame", False):  # not in older versions
         budget = int(processor.max_video_tokens * unit * unit * 0.9) * group // num_frames
         lowest = int(size["shortest_edge"] * 1.05)
         size["longest_edge"] = max(min(size["longest_edge"], budget), lowest)
