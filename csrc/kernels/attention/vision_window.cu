@@ -71,7 +71,7 @@ __device__ __forceinline__ void multiply_keys(const WindowTile<T, kTile>& k,
 // +inf or NaN, is NaN, as 0 / 0 and inf / inf are.
 __device__ __forceinline__ void weigh(float (&scores)[kKeyTiles][4], int length, float scale_log2,
                                       float (&inverse)[2]) {
-  const int first_key = static_cast<int>(threadIdx.x) % 4 * 2;
+  const int first_key = static_cast<int>(threadIdx.x % 4) * 2;
   float maximum[2] = {kMasked, kMasked};
   if (length < kMaxWindow) {
 #pragma unroll
@@ -130,7 +130,7 @@ __device__ __forceinline__ void multiply_values(const VisionParams& p,
                                                 const float (&weights)[kKeyTiles][4],
                                                 const float (&inverse)[2], Segment segment,
                                                 int head, int first_row) {
-  const int lane_id = static_cast<int>(threadIdx.x) % ptx::kWarpSize;
+  const int lane_id = static_cast<int>(threadIdx.x % ptx::kWarpSize);
   uint32_t a[kKeySteps][4];
 #pragma unroll
   for (int step = 0; step < kKeySteps; ++step) {
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kWindowThreads)
       static_cast<const T*>(p.v) + segment.begin * p.token_stride + kv_column, p.token_stride, 0,
       segment.length, p.head_dim, p.wide, tid);
   ptx::cp_async_commit();
-  Unit unit = Unit{}.after(tid / ptx::kWarpSize, row_blocks);
+  Unit unit = Unit{}.after(static_cast<int>(threadIdx.x / ptx::kWarpSize), row_blocks);
   if (unit.head < p.gqa_group_size) load_queries(unit);
   const T* k = static_cast<const T*>(p.k) + kv_column;
   if (p.wide) {

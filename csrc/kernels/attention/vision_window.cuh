@@ -72,9 +72,9 @@ __device__ __forceinline__ void load_keys(const VisionParams& p, Segment segment
   const int half = p.head_dim / 2;
 #pragma unroll 4
   for (int i = 0; i < kMaxWindow * kGroups / kWindowThreads; ++i) {
-    const int index = i * kWindowThreads + static_cast<int>(threadIdx.x);
-    const int row = index / kGroups;
-    const int group = index % kGroups;
+    const unsigned index = i * kWindowThreads + threadIdx.x;
+    const auto row = static_cast<int>(index / kGroups);
+    const auto group = static_cast<int>(index % kGroups);
     const int64_t token = segment.token(row);
     const int pair = inside(group * kPairs, half);
     auto pairs = PairVec<T>::template load<kWide>(k + token * p.token_stride, half, pair)
@@ -130,11 +130,11 @@ class QueryRows {
 
  private:
   __device__ __forceinline__ static int lane_row(int i) {
-    return static_cast<int>(threadIdx.x) % ptx::kWarpSize / 4 + 8 * i;
+    return static_cast<int>(threadIdx.x % ptx::kWarpSize / 4) + 8 * i;
   }
 
   __device__ __forceinline__ static int pair_of(int step) {
-    return step * 16 + static_cast<int>(threadIdx.x) % 4 * kPairs;
+    return step * 16 + static_cast<int>(threadIdx.x % 4) * kPairs;
   }
 
   PairVec<T> pairs_[2][kSteps / 2];
