@@ -165,7 +165,6 @@ def test_random_frames(dtype: torch.dtype, backend: Backend) -> None:
     for number in range(cases):
         lengths = [choose.choice(FRAMES) for _ in range(choose.choice([1, 1, 2, 3]))]
         case = random_call(choose, dtype, lengths, "frames", number)
-        case.scale = 0.5 * case.head_dim**-0.5
         case.max_seqlen = max(LONG, choose.choice([case.max_seqlen, case.num_tokens, 10**6]))
         check(case, choose, backend, number)
     backend.count(cases)
