@@ -17,7 +17,7 @@ from emulator.control import Emulator
 from exafuse.ops import front_door
 from kernel_backends import Backend, backend, case_factor, emulated, emulator_library, extension
 from numeric import assert_bitwise_equal
-from poison import Guarded, before_guard_page, generator, layouts, poisoned, sparse
+from poison import Guarded, before_guard_page, generator, layouts, sparse
 
 __all__ = ["backend", "emulated", "extension"]  # fixtures
 
@@ -54,20 +54,25 @@ class Case:
         shape = (self.num_tokens, self.num_heads, self.head_dim)
         return Guarded(shape, self.qkv.dtype, strides, offset)
 
-    def run(self, backend: Backend, guarded: Guarded | None = None) -> torch.Tensor:
+    def run(
+        self, backend: Backend, guarded: Guarded | None = None, workspace_offset: int = 0
+    ) -> torch.Tensor:
+        """The output. The workspace is full of NaN, as many elements off its start as asked for."""
         guarded = guarded or self.output()
         given = backend.give(guarded.tensor)
         load = front_door.load_emulated if backend.name == "emulated" else front_door.load_cuda
         kernels: Any = load()
         sizes = (self.num_heads, self.num_kv_heads, self.head_dim, self.max_seqlen)
         needed = kernels.vision_attn_workspace(self.num_tokens, *sizes)
-        # What it holds before does not count: NaN, as the kernel finds it.
-        workspace = poisoned(needed // 4, dtype=torch.float32) if needed else None
+        buffer = Guarded((needed // 4,), torch.float32, offset=workspace_offset)
+        workspace = backend.give(buffer.tensor) if needed else None
         kernels.vision_attn(
             *(backend.give(self.qkv), self.num_heads, self.num_kv_heads),
             *(backend.give(self.cos), backend.give(self.sin), backend.give(self.cu_seqlens)),
-            *(self.max_seqlen, self.scale, backend.give_optional(workspace), given),
+            *(self.max_seqlen, self.scale, workspace, given),
         )
+        if workspace is not None:
+            backend.take_back(workspace, buffer, "workspace")
         return backend.take_back(given, guarded, "out")
 
     def expected(self) -> attention_oracle.Expected:
@@ -182,10 +187,23 @@ def test_every_kernel(dtype: torch.dtype, backend: Backend) -> None:
                 shifted = Guarded(tuple(case.qkv.shape), dtype, offset=offset).tensor
                 case.qkv = shifted.copy_(case.qkv)
                 case.max_seqlen = longest
-                out = case.run(backend, case.output(offset=offset))
+                out = case.run(backend, case.output(offset=offset), workspace_offset=offset)
                 case.expected().check(out, label=f"{head_dim}, offset {offset}, {longest}")
                 ran += 1
+        case.qkv = case.qkv.clone()
+        out = case.run(backend, workspace_offset=1)
+        case.expected().check(out, label=f"{head_dim}, workspace at an odd place")
+        ran += 1
     backend.count(ran)
+
+
+@pytest.mark.sanitized
+def test_more_heads_than_a_block_has_threads_for(backend: Backend) -> None:
+    for head_dim, heads in ((128, (12, 4)), (64, (32, 8))):
+        case = make_case(torch.bfloat16, head_dim, heads, [3, 1], "many heads")
+        case.max_seqlen = LONG
+        case.expected().check(case.run(backend))
+    backend.count(2)
 
 
 @pytest.mark.sanitized
@@ -319,12 +337,14 @@ def test_offsets_and_lengths_out_of_range(longest: int, backend: Backend) -> Non
     backend.count(len(tables) + 4)
 
 
+@pytest.mark.sanitized
 def test_rows_beyond_the_longest_frame_are_not_written(backend: Backend) -> None:
     case = make_case(torch.bfloat16, 16, (1, 1), [150, 20], "short frames")
     case.max_seqlen = 70
     case.expected().check(case.run(backend))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("longest", [64, LONG])
 def test_empty_calls_write_nothing(longest: int, backend: Backend) -> None:
     for lengths in ([], [0], [0, 0]):
@@ -456,6 +476,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(("changes", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
 def test_wrong_arguments_are_named(
     changes: dict[str, Any], message: str, extension: ModuleType
@@ -464,6 +485,7 @@ def test_wrong_arguments_are_named(
         extension.vision_attn(**{**arguments(), **changes})
 
 
+@pytest.mark.sanitized
 def test_outputs_may_not_overlap_inputs(extension: ModuleType) -> None:
     given = arguments(longest=65)
     given["out"] = given["qkv"].unflatten(1, (4, 16))[:, :2]
@@ -476,6 +498,7 @@ def test_outputs_may_not_overlap_inputs(extension: ModuleType) -> None:
         extension.vision_attn(**given)
 
 
+@pytest.mark.sanitized
 def test_what_is_no_tensor_is_a_type_error(extension: ModuleType) -> None:
     for name in ("qkv", "cos", "sin", "cu_seqlens", "out"):
         with pytest.raises(TypeError, match=f"{name}: expected a torch.Tensor, got str"):
@@ -487,6 +510,7 @@ def test_what_is_no_tensor_is_a_type_error(extension: ModuleType) -> None:
         extension.vision_attn(**{**arguments(), "softmax_scale": "text"})
 
 
+@pytest.mark.sanitized
 def test_the_workspace_holds_rotated_q_and_k(extension: ModuleType) -> None:
     assert extension.vision_attn_workspace(100, 32, 8, 64, 64) == 0
     assert extension.vision_attn_workspace(100, 32, 8, 64, 65) == 100 * 40 * 64 * 2
