@@ -15,12 +15,14 @@ KERNEL_FOLDER = TESTS.parent / "csrc" / "kernels"
 _PREFILL = ("test_flash_attn.py", "test_flash_attn_with_kvcache.py")
 _DECODE = ("test_flash_attn_with_kvcache.py",)
 _VISION = ("test_vision_attn.py",)
+_EVERY_ATTENTION = ("test_attention_needles.py", "test_attention_visible.py")
 # Patterns of kernels; the first that fits says. The op's own tests come first.
 _LISTED = (
     ("attention/vision*", _VISION),
     ("attention/decode*", _DECODE),
     ("attention/combine*", _DECODE),
     ("attention/append*", _DECODE),
+    ("attention/*kvcache", _DECODE),
     ("attention/*", _PREFILL),
 )
 # What bindings.cpp exports of each kernel, where that is not what the test files are called.
@@ -29,6 +31,7 @@ _OPS = (
     ("attention/decode*", ("flash_attn_with_kvcache",)),
     ("attention/combine*", ("flash_attn_with_kvcache",)),
     ("attention/append*", ("flash_attn_with_kvcache",)),
+    ("attention/*kvcache", ("flash_attn_with_kvcache",)),
     ("attention/*", ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")),
     ("qk_norm_rope", ("qk_norm_rope", "qk_norm_rope_cache", "apply_rope")),
     ("rms_norm", ("rms_norm", "add_rms_norm", "rms_norm_add")),
@@ -48,6 +51,22 @@ def all_kernels() -> list[str]:
 def tests_of(kernel: str) -> tuple[str, ...]:
     """The kernel's test files, by name; they need not exist."""
     return _first(_LISTED, kernel) or (f"test_{Path(kernel).name}.py",)
+
+
+def corner_tests_of(kernel: str) -> str:
+    """The test file of a few seconds that goes through the kernel in all ways."""
+    if fnmatch(kernel, "attention/vision*"):
+        return "test_kernel_corners_vision.py"
+    if kernel.startswith("attention/"):
+        return "test_kernel_corners_attention.py"
+    return "test_kernel_corners.py"
+
+
+def mutant_tests_of(kernel: str) -> tuple[str, ...]:
+    """The test files that may notice a defect of the kernel: its own, and those of several ops."""
+    if kernel.startswith("attention/") and not fnmatch(kernel, "attention/vision*"):
+        return (*tests_of(kernel), *_EVERY_ATTENTION)
+    return tests_of(kernel)
 
 
 def ops_of(kernel: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Tests the tests: applies the defects of mutants.toml and asserts that somebody notices.
 
 ``mutants.py --all`` runs every mutant and writes the record, mutants.json: per source file its hash
-(with all headers it includes), how many mutants were killed, by which tests, and which survived.
+(with all headers it includes), which mutants were killed, by which tests, and which survived.
 ``mutants.py --changed`` runs the mutants of files whose hash differs from the record, for at most
 15 minutes. A survivor that is not on record fails the run, and so do too many of them. ``--only
 TEXT`` runs those whose file or name contains the text; ``--write`` puts its results on record, too.
@@ -15,7 +15,6 @@ import multiprocessing
 import sys
 import time
 import tomllib
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -42,37 +41,45 @@ def read_list() -> list[Mutant]:
 
 
 def read_record() -> dict[str, dict[str, Any]]:
-    """The record by file: hash, mutants, killed, survived (names), killers (test by name)."""
+    """The record by file: hash, killed (who noticed, by the mutant's name), survived (names)."""
     return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
 def changed_files(mutants: list[Mutant]) -> list[str]:
     """Source files that changed since their mutants were last run, or that have other mutants."""
     record = read_record()
-    counts = Counter(mutant.file for mutant in mutants)
+    names: dict[str, set[str]] = {}
+    for mutant in mutants:
+        names.setdefault(mutant.file, set()).add(mutant.name)
     return [
         file
-        for file, count in counts.items()
-        if record.get(file, {}).get("hash") != mutation.source_hash(file)
-        or record[file]["mutants"] != count
+        for file, listed in names.items()
+        if file not in record
+        or record[file]["hash"] != mutation.source_hash(file)
+        or listed != {*record[file]["killed"], *record[file]["survived"]}
     ]
 
 
 def write_record(verdicts: list[Verdict]) -> None:
-    """Replaces the entries of the files whose mutants were all run."""
-    counts = Counter(mutant.file for mutant in read_list())
-    record = {file: entry for file, entry in read_record().items() if file in counts}
-    for file in dict.fromkeys(verdict.mutant.file for verdict in verdicts):
-        own = [verdict for verdict in verdicts if verdict.mutant.file == file]
-        if len(own) < counts[file]:
-            continue
-        record[file] = {
-            "hash": mutation.source_hash(file),
-            "mutants": len(own),
-            "killed": sum(verdict.outcome == "killed" for verdict in own),
-            "survived": [v.mutant.name for v in own if v.outcome != "killed"],
-            "killers": {v.mutant.name: v.by for v in own if v.outcome == "killed" and "::" in v.by},
-        }
+    """Puts the verdicts on record, beside those of the same code; all else is forgotten."""
+    listed = {(mutant.file, mutant.name) for mutant in read_list()}
+    record = read_record()
+    for verdict in verdicts:
+        file, name = verdict.mutant.file, verdict.mutant.name
+        value = mutation.source_hash(file)
+        if record.get(file, {}).get("hash") != value:
+            record[file] = {"hash": value, "killed": {}, "survived": []}
+        entry = record[file]
+        entry["killed"].pop(name, None)
+        entry["survived"] = sorted({*entry["survived"]} - {name})
+        if verdict.outcome == "killed":
+            entry["killed"][name] = verdict.by
+        else:
+            entry["survived"] = sorted([*entry["survived"], name])
+    for file, entry in record.items():
+        entry["killed"] = {n: by for n, by in entry["killed"].items() if (file, n) in listed}
+        entry["survived"] = [name for name in entry["survived"] if (file, name) in listed]
+    record = {file: entry for file, entry in record.items() if entry["killed"] or entry["survived"]}
     RECORD.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
@@ -81,7 +88,8 @@ def killers() -> dict[tuple[str, str], str]:
     return {
         (file, name): test
         for file, entry in read_record().items()
-        for name, test in entry.get("killers", {}).items()
+        for name, test in entry["killed"].items()
+        if "::" in test
     }
 
 
@@ -108,10 +116,9 @@ def run(mutants: list[Mutant], jobs: int, deadline: float) -> tuple[list[Verdict
     for variant in mutation.variants_of(mutants):
         build.build(variant)
     baseline = mutation.run_tests(
-        sorted({test for mutant in mutants for test in mutation.tests_for(mutant)}),
+        sorted({test for mutant in mutants for test in mutation.corners_for(mutant)}),
         build.library("plain"),
         build.ROOT / "build" / "mutants.log",
-        subset=True,
     )
     if baseline is not None:
         sys.exit(f"the unchanged kernels fail {baseline} (see build/mutants.log): mend that first")
@@ -140,6 +147,7 @@ def main() -> None:
     which.add_argument("--changed", action="store_true", help="files that differ from the record")
     which.add_argument("--only", metavar="TEXT", help="file or name contains this")
     parser.add_argument("--write", action="store_true", help="with --only: write the record")
+    parser.add_argument("--plain", action="store_true", help="without those of the sanitizers")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
 
@@ -151,6 +159,8 @@ def main() -> None:
         limit_s = TIME_LIMIT_S
     elif arguments.only:
         mutants = [m for m in mutants if arguments.only in f"{m.file}: {m.name}"]
+    if arguments.plain:
+        mutants = [m for m in mutants if m.check == "plain"]
     if not mutants:
         print("mutants: no file has changed since the record was written")
         return
@@ -158,9 +168,7 @@ def main() -> None:
     start = time.monotonic()
     verdicts, late = run(mutants, arguments.jobs, start + limit_s)
     killed = sum(verdict.outcome == "killed" for verdict in verdicts)
-    known = {
-        (file, name) for file, entry in read_record().items() for name in entry.get("survived", [])
-    }
+    known = {(file, name) for file, entry in read_record().items() for name in entry["survived"]}
     if arguments.all or arguments.write:
         write_record(verdicts)
     new = []

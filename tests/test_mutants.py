@@ -29,9 +29,9 @@ def test_every_kernel_file_has_mutants() -> None:
 def test_the_record_counts_enough_killed_mutants(capsys: pytest.CaptureFixture[str]) -> None:
     record = mutants.read_record()
     listed = mutants.read_list()
-    assert record.keys() == {mutant.file for mutant in listed}
-    total = sum(entry["mutants"] for entry in record.values())
-    killed = sum(entry["killed"] for entry in record.values())
+    assert record.keys() <= {mutant.file for mutant in listed}
+    total = sum(len(entry["killed"]) + len(entry["survived"]) for entry in record.values())
+    killed = sum(len(entry["killed"]) for entry in record.values())
     stale = mutants.changed_files(listed)
     with capsys.disabled():
         print(f"\nmutants: {killed} of {total} killed", end="")

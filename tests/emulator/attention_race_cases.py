@@ -171,7 +171,8 @@ def flash_attn_with_kvcache(cases: Cases) -> None:
 def vision_attn(cases: Cases) -> None:
     call = Call(cases)
     head_dim = int(cases.pick(16, 64, 80, 96, 128))
-    choices = (0, 1, 8, 33, 64)
+    # Windows, or whole frames.
+    choices = cases.pick((0, 1, 8, 33, 64), (1, 30, 130))
     lengths = [int(cases.pick(*choices)) for _ in range(cases.number(1, 3))]
     tokens, longest = sum(lengths), max(lengths)
     heads, kv_heads = call.heads, call.kv_heads

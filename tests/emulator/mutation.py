@@ -32,7 +32,6 @@ CSRC = build.ROOT / "csrc"
 TESTS = build.ROOT / "tests"
 # Checks of arguments are tested by these, whatever the kernel.
 HOST_TESTS = ("test_bad_arguments.py", "test_bad_memory.py", "test_ops.py")
-CORNER_TESTS = "test_kernel_corners.py"
 VARIANT_OF_CHECK = {"plain": "plain", "asan": "asan", "tsan": "tsan"}
 TEST_LIMIT_S = 300
 LONG_LIMIT_S = 900  # for all tests of several kernels
@@ -97,15 +96,24 @@ def kernels_of(mutant: Mutant) -> list[str]:
     return quick or kernels
 
 
+def corners_for(mutant: Mutant) -> list[str]:
+    """Test files of a few seconds that may notice a mutant."""
+    names = (kernel_tests.corner_tests_of(kernel) for kernel in kernels_of(mutant))
+    return [str(TESTS / name) for name in dict.fromkeys(names)]
+
+
 def tests_for(mutant: Mutant) -> list[str]:
     """Test files that may notice a mutant, the likeliest first."""
     kernels = kernels_of(mutant)
-    kernel_files = dict.fromkeys(f for kernel in kernels for f in kernel_tests.tests_of(kernel))
-    host_first = mutant.file.endswith(".h") or "check_" in mutant.find
-    ordered = [*HOST_TESTS, *kernel_files] if host_first else [*kernel_files, *HOST_TESTS]
-    if not all(kernel.startswith("attention/") for kernel in kernels):
-        ordered.insert(0, CORNER_TESTS)  # the quickest
-    return [str(TESTS / name) for name in ordered if (TESTS / name).exists()]
+    listed = (kernel_tests.mutant_tests_of(kernel) for kernel in kernels)
+    files = list(dict.fromkeys(name for names in listed for name in names))
+    is_host = mutant.file.endswith(".h") or "check_" in mutant.find or "is_aligned" in mutant.find
+    if is_host:
+        files = [*HOST_TESTS, *files]
+    elif not all(kernel.startswith("attention/") for kernel in kernels):
+        files = [*files, *HOST_TESTS]
+    paths = [*corners_for(mutant), *(str(TESTS / name) for name in files)]  # the quickest first
+    return [path for path in dict.fromkeys(paths) if Path(path).exists()]
 
 
 class Workshop:
@@ -256,7 +264,8 @@ def run_tests(
         return "the time limit" if number == signal.SIGALRM else f"signal {number}"
     if os.WEXITSTATUS(status) in (0, 4, 5):  # passed; no such test; none selected
         return None
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", log.read_text(), re.MULTILINE)
+    # Names of tests may hold blanks; behind " - " comes the message.
+    found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", log.read_text(), re.MULTILINE)
     return found[1] if found else f"pytest, exit status {os.WEXITSTATUS(status)}"
 
 
