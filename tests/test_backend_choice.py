@@ -49,8 +49,12 @@ def test_an_old_build_says_rebuild(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "exafuse._C", old)
     with pytest.raises(BackendError, match=r"exafuse\._C is an old build that lacks apply_rope"):
         front_door.load_cuda()
-    assert "rebuild it: pip install" in front_door.cuda_problem()
-    with pytest.raises(BackendError, match="rebuild it: pip install"):
+    assert (
+        "rebuild it, in the folder with exafuse's sources: pip install" in front_door.cuda_problem()
+    )
+    with pytest.raises(
+        BackendError, match="rebuild it, in the folder with exafuse's sources: pip install"
+    ):
         ops.Ops("cuda")._load()
 
 

@@ -88,7 +88,9 @@ class AttentionOps(FrontDoor):
                 *(q, k, v, None, None, None, None, None, None, scale, left, right, None, 0, False),
                 *(workspace, out, lse),
             )
-        except ValueError:  # names a cache that the caller knows nothing of
+        except kernels.NotAPlainTensor:
+            raise
+        except (ValueError, TypeError):  # names a cache that the caller knows nothing of
             kernels.flash_attn_func(q, k, v, scale, left, right, out, lse)
 
     @documented_by(reference.flash_attn_varlen_func)

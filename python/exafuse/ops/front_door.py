@@ -51,7 +51,10 @@ KERNELS = (
 WORKSPACES = ("flash_attn_with_kvcache_workspace", "vision_attn_workspace")
 OLDEST_GPU = (8, 0)
 
-_REBUILD = "rebuild it: pip install --force-reinstall --no-cache-dir --no-deps exafuse"
+_REBUILD = (
+    "rebuild it, in the folder with exafuse's sources: "
+    "pip install --force-reinstall --no-cache-dir --no-deps ."
+)
 _log = logging.getLogger("exafuse")
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -71,7 +71,10 @@ def check_tables(device: torch.device, **tables: Tensor | None) -> None:
 def check_device(device: torch.device, **tensors: Tensor | None) -> None:
     """Raise unless every tensor that is given lives on ``device``."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
+        if tensor is None:
+            continue
+        check_tensor(name, tensor)
+        if tensor.device != device:
             raise ValueError(f"{name}: expected {device}, got {tensor.device}")
 
 
@@ -139,8 +142,7 @@ def check_heads(num_heads: int, num_kv_heads: int) -> int:
     """The GQA group size; raises unless ``num_heads`` is a positive multiple of
     ``num_kv_heads``."""
     for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-        if not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        check_count(name, value, low=-MAX_TOKENS)
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
             "num_heads: expected a positive multiple of num_kv_heads, "

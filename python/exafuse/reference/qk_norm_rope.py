@@ -28,6 +28,10 @@ def split_qkv(qkv: Qkv, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tens
         packed = qkv.view(-1, total_heads, head_dim)
         last_k = num_heads + num_kv_heads
         return packed[:, :num_heads], packed[:, num_heads:last_k], packed[:, last_k:]
+    if not isinstance(qkv, tuple) or len(qkv) != 3:
+        raise TypeError(
+            f"qkv: expected a torch.Tensor or a tuple of q, k and v, got {type(qkv).__name__}"
+        )
     split = []
     for name, tensor, heads in zip(
         "qkv", qkv, (num_heads, num_kv_heads, num_kv_heads), strict=True

@@ -14,6 +14,7 @@ from exafuse.reference._check import (
     check_float,
     check_scale,
     check_tables,
+    check_tensor,
     deliver,
 )
 from exafuse.reference.attention import attend_all, offsets
@@ -50,6 +51,7 @@ def vision_attn(
         ``[num_tokens, num_heads, head_dim]``. The rotation runs in fp32; rotated q and k are
         rounded to the dtype of ``qkv`` before the scores, the output once more.
     """
+    check_tensor("qkv", qkv)
     q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
     head_dim = q.shape[2]
     if head_dim % 2:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exafuse.reference._check import check_device
+
 # Any: torch leaves its methods untyped.
 _library: Any = torch.library.Library("exafuse", "DEF")  # type: ignore[no-untyped-call]
 registered = torch.ops.exafuse
@@ -63,9 +65,21 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
             return results.contiguous()
         return tuple(x.contiguous() for x in results)
 
+    def fake_on_one_device(*args: Any, **kwargs: Any) -> Any:
+        _check_devices(name, args)
+        return fake(*args, **kwargs)
+
     for device in ("CPU", "CUDA"):
         _library.impl(name, implementation, device)
-    torch.library.register_fake(f"exafuse::{name}", fake, lib=_library)
+    torch.library.register_fake(f"exafuse::{name}", fake_on_one_device, lib=_library)
+
+
+def _check_devices(name: str, args: tuple[Any, ...]) -> None:
+    """Meta tensors among others would come here, and give results that nobody computed."""
+    declared = getattr(registered, name).default._schema.arguments
+    tensors = [(d.name, x) for d, x in zip(declared, args, strict=False) if isinstance(x, Tensor)]
+    for argument, tensor in tensors:
+        check_device(tensors[0][1].device, **{argument: tensor})
 
 
 def differentiate(name: str, save: Callable[..., None], formula: Callable[..., Any]) -> None:
