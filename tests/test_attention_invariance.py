@@ -95,6 +95,7 @@ def assert_same(ours: Result, theirs: Result, label: str) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", range(3))
 def test_decoding_does_not_depend_on_the_batch(share: int, backend: Backend) -> None:
     choose = random.Random(f"decode in company {share}")
@@ -111,6 +112,7 @@ def test_decoding_does_not_depend_on_the_batch(share: int, backend: Backend) -> 
     backend.count(cases)
 
 
+@pytest.mark.slow
 def test_prefill_does_not_depend_on_the_batch(backend: Backend) -> None:
     choose = random.Random("prefill in company")
     cases = 0
@@ -159,7 +161,9 @@ def test_vision_segments_do_not_depend_on_each_other(backend: Backend) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("longest", [1, 4, 16, 40])
+@pytest.mark.parametrize(
+    "longest", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 16, 40))]
+)
 def test_every_kind_of_cache_gives_the_same_bits(longest: int, backend: Backend) -> None:
     choose = random.Random(f"kinds {longest}")
     for number in range(5 * case_factor()):

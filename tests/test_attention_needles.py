@@ -80,7 +80,10 @@ def edge(choose: random.Random, sequence: Sequence, window: tuple[int, int]) -> 
     return min(max(choose.choice(candidates), 0), sequence.seqlen_k - 1)
 
 
-@pytest.mark.parametrize("kind", ["packed", "contiguous", "ring", "paged"])
+@pytest.mark.parametrize(
+    "kind",
+    ["ring", *(pytest.param(k, marks=pytest.mark.slow) for k in ("packed", "contiguous", "paged"))],
+)
 @pytest.mark.parametrize("few", [True, False], ids=["decode", "prefill"])
 def test_needles_at_the_edges_of_windows(few: bool, kind: str, backend: Backend) -> None:
     choose = random.Random(f"needles {kind} {few}")

@@ -30,15 +30,17 @@ from poison import poisoned
 
 __all__ = ["backend"]  # a fixture
 
-HEAD_DIM = 64
+HEAD_DIMS = [64, 64, 64, 96, 128]
+
+Combinations = set[tuple[Any, ...]]
 
 
 def key_values(
-    sequence: Sequence, window: tuple[int, int], period: int, dtype: torch.dtype
+    sequence: Sequence, window: tuple[int, int], period: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[seqlen_k, 1, HEAD_DIM]`: zeros and codes, NaN for a key that nobody sees."""
+    """`[seqlen_k, 1, head_dim]`: zeros and codes, NaN for a key that nobody sees."""
     codes = torch.arange(sequence.seqlen_k) % period
-    values = attention_codes.values(codes, HEAD_DIM, dtype)
+    values = attention_codes.values(codes, head_dim, dtype)
     unseen = torch.from_numpy(~sequence.visible(window).any(0)).nonzero()[:, 0]
     keys = torch.zeros_like(values)
     return keys.index_fill(0, unseen, torch.nan), values.index_fill(0, unseen, torch.nan)
@@ -52,7 +54,7 @@ def check(
     lse: torch.Tensor,
     what: str,
 ) -> None:
-    """`out [seqlen_q, num_heads, HEAD_DIM]`, `lse [num_heads, seqlen_q]`."""
+    """`out [seqlen_q, num_heads, head_dim]`, `lse [num_heads, seqlen_q]`."""
     expected = np.zeros((sequence.seqlen_q, period), dtype=bool)
     row, position = np.nonzero(sequence.visible(window))
     expected[row, position % period] = True
@@ -76,13 +78,17 @@ def split_rows(total: torch.Tensor, lengths: list[int], dim: int) -> list[torch.
 
 
 def run_packed(
-    backend: Backend, sequences: list[Sequence], window: tuple[int, int], dtype: torch.dtype
+    backend: Backend,
+    sequences: list[Sequence],
+    window: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
 ) -> None:
     """All sequences in one call of flash_attn_varlen_func."""
-    period = attention_codes.CHUNKS[dtype] * HEAD_DIM
-    pairs = [key_values(s, window, period, dtype) for s in sequences]
+    period = attention_codes.CHUNKS[dtype] * head_dim
+    pairs = [key_values(s, window, period, head_dim, dtype) for s in sequences]
     lengths = [s.seqlen_q for s in sequences]
-    q = normal(sum(lengths), 1, HEAD_DIM, dtype=dtype, key=window)
+    q = normal(sum(lengths), 1, head_dim, dtype=dtype, key=window)
     k, v = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     give = backend.give
     out, lse, _ = backend.ops.flash_attn_varlen_func(
@@ -97,17 +103,18 @@ def run_packed(
         check(sequence, window, period, rows, sums, "packed")
 
 
-def run_equal(backend: Backend, choose: random.Random, dtype: torch.dtype) -> int:
-    """flash_attn_func: a batch of equal lengths."""
+def run_equal(backend: Backend, choose: random.Random) -> Combinations:
+    """flash_attn_func: one sequence, two heads."""
+    head_dim, dtype = choose.choice(HEAD_DIMS), choose.choice([BF16, FP16])
     window = any_window(choose)
     sequence = Sequence(choose.choice([1, 2, 7, 16, 17, 40, 70]), any_length(choose, 200))
-    k, v = (x[None] for x in key_values(sequence, window, 384, dtype))
-    q = normal(1, sequence.seqlen_q, 2, HEAD_DIM, dtype=dtype, key=window)
+    k, v = (x[None] for x in key_values(sequence, window, 384, head_dim, dtype))
+    q = normal(1, sequence.seqlen_q, 2, head_dim, dtype=dtype, key=window)
     out, lse, _ = backend.ops.flash_attn_func(
         *map(backend.give, (q, k, v)), window_size=window, return_attn_probs=True
     )
     check(sequence, window, 384, out[0].cpu(), lse[0].cpu(), "flash_attn_func")
-    return 1
+    return {(sequence, window)}
 
 
 def run_cached(
@@ -115,18 +122,19 @@ def run_cached(
     kind: str,
     sequences: list[Sequence],
     window: tuple[int, int],
+    head_dim: int,
     dtype: torch.dtype,
     slots: int,
     packed: bool,
 ) -> None:
     """All sequences in one call of flash_attn_with_kvcache: equally many queries, or packed."""
-    period = slots if kind == "ring" else attention_codes.CHUNKS[dtype] * HEAD_DIM
-    pairs = [key_values(s, window, period, dtype) for s in sequences]
+    period = slots if kind == "ring" else attention_codes.CHUNKS[dtype] * head_dim
+    pairs = [key_values(s, window, period, head_dim, dtype) for s in sequences]
     keys, values = (list(parts) for parts in zip(*pairs, strict=True))
     cache = attention_caches.store(kind, keys, values, slots, window)
     lengths = [s.seqlen_q for s in sequences]
     shape = (sum(lengths),) if packed else (len(lengths), lengths[0])
-    q = normal(*shape, 1, HEAD_DIM, dtype=dtype, key=window)
+    q = normal(*shape, 1, head_dim, dtype=dtype, key=window)
     arguments: dict[str, Any] = {
         name: backend.give(value) if isinstance(value, torch.Tensor) else value
         for name, value in cache.arguments.items()
@@ -151,9 +159,11 @@ def run_cached(
         check(sequence, window, period, part, part_sums, kind)
 
 
-def cached_call(backend: Backend, choose: random.Random, kind: str, few: bool, batch: int) -> int:
+def cached_call(
+    backend: Backend, choose: random.Random, kind: str, few: bool, batch: int
+) -> Combinations:
     """One random call on a cache of `kind`: at most 16 queries a sequence if `few`."""
-    dtype = choose.choice([BF16, FP16])
+    head_dim, dtype = choose.choice(HEAD_DIMS), choose.choice([BF16, FP16])
     slots = choose.choice([256, 384]) if kind in ("ring", "paged") else 300
     packed = choose.random() < 0.5
     most = 16 if few else choose.choice([17, 33, 64, 70])
@@ -171,53 +181,65 @@ def cached_call(backend: Backend, choose: random.Random, kind: str, few: bool, b
         sequences.append(
             Sequence(choose.randint(0, longest) if packed else longest, seqlen_k, leftpad)
         )
-    run_cached(backend, kind, sequences, window, dtype, slots, packed)
-    return batch
+    run_cached(backend, kind, sequences, window, head_dim, dtype, slots, packed)
+    return {(sequence, window) for sequence in sequences}
 
 
-def run_many(backend: Backend, calls: int, call: Callable[[], int]) -> None:
-    backend.count(sum(call() for _ in range(calls * case_factor())))
+def run_many(backend: Backend, calls: int, call: Callable[[], Combinations]) -> None:
+    """Counts lengths and windows that differ from each other."""
+    backend.count(len(set().union(*(call() for _ in range(calls * case_factor())))))
 
 
-@pytest.mark.parametrize("share", range(3))
+def slow_but(quick: str) -> list[Any]:
+    """Every kind of cache, all of them slow but one."""
+    return [
+        pytest.param(kind, marks=[] if kind == quick else pytest.mark.slow)
+        for kind in attention_caches.KINDS
+    ]
+
+
+@pytest.mark.parametrize(
+    "share", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 5))]
+)
 def test_packed_sequences(share: int, backend: Backend) -> None:
     choose = random.Random(f"packed {share}")
 
-    def call() -> int:
+    def call() -> Combinations:
         most = choose.choice([16, 40, 70, 130])
         sequences = [
             Sequence(choose.randint(0, most), any_length(choose, choose.choice([33, 70, 130, 260])))
             for _ in range(40)
         ]
-        run_packed(backend, sequences, any_window(choose), choose.choice([BF16, FP16]))
-        return len(sequences)
+        window, head_dim = any_window(choose), choose.choice(HEAD_DIMS)
+        run_packed(backend, sequences, window, head_dim, choose.choice([BF16, FP16]))
+        return {(sequence, window) for sequence in sequences}
 
-    run_many(backend, 22, call)
+    run_many(backend, 20, call)
 
 
 def test_sequences_of_equal_lengths(backend: Backend) -> None:
     choose = random.Random("equal")
-    run_many(backend, 200, lambda: run_equal(backend, choose, choose.choice([BF16, FP16])))
+    run_many(backend, 250, lambda: run_equal(backend, choose))
 
 
-@pytest.mark.parametrize("kind", attention_caches.KINDS)
+@pytest.mark.parametrize("kind", slow_but("ring"))
 def test_few_queries_over_a_cache(kind: str, backend: Backend) -> None:
     choose = random.Random(f"few {kind}")
-    run_many(backend, 22, lambda: cached_call(backend, choose, kind, True, 40))
+    run_many(backend, 28, lambda: cached_call(backend, choose, kind, True, 40))
 
 
-@pytest.mark.parametrize("kind", attention_caches.KINDS)
+@pytest.mark.parametrize("kind", slow_but("paged"))
 def test_many_queries_over_a_cache(kind: str, backend: Backend) -> None:
     choose = random.Random(f"many {kind}")
-    run_many(backend, 10, lambda: cached_call(backend, choose, kind, False, 25))
+    run_many(backend, 14, lambda: cached_call(backend, choose, kind, False, 25))
 
 
 def test_the_codes_tell_what_was_seen() -> None:
     """The method itself, on a plain mean of the values of known sets of keys."""
     choose = np.random.default_rng(5)
     for dtype, chunks in attention_codes.CHUNKS.items():
-        codes = chunks * HEAD_DIM
-        values = attention_codes.values(torch.arange(codes), HEAD_DIM, dtype)[:, 0].double()
+        codes = chunks * 64
+        values = attention_codes.values(torch.arange(codes), 64, dtype)[:, 0].double()
         wanted = choose.random((200, codes)) < choose.random((200, 1))
         wanted[0], wanted[1] = False, True
         count = wanted.sum(1)
@@ -229,4 +251,4 @@ def test_the_codes_tell_what_was_seen() -> None:
         with pytest.raises(AssertionError):
             attention_codes.seen(out.roll(1, 0), lse, codes)
         with pytest.raises(AssertionError, match="no mean of values"):
-            attention_codes.seen(poisoned(200, HEAD_DIM, dtype=dtype), lse, codes)
+            attention_codes.seen(poisoned(200, 64, dtype=dtype), lse, codes)
