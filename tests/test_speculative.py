@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from exafuse.generation import acceptance
+from exafuse.generation.acceptance import Drafts
 from exafuse.generation.generate import GenerateOutput
-from exafuse.generation.sampling import SamplingParams, ScoreChain, draw
+from exafuse.generation.sampling import SamplingParams, ScoreChain, draw, draw_from
 from exafuse.models.causal_lm import CausalLM
 from generation_pair import FAMILIES, Pair, left_padded
 from torch import Tensor
@@ -132,7 +133,9 @@ def tree(
     return {tuple(a): p for a, p in zip(answers.tolist(), probs.tolist(), strict=True)}
 
 
-def p_value(counts: Counter[tuple[int, ...]], probs: dict[tuple[int, ...], float]) -> float:
+def p_value(
+    counts: Counter[tuple[int, ...]], probs: dict[tuple[int, ...], float], least: int = 10
+) -> float:
     """Pearson's chi-square test; answers that are expected less than 8 times are one class."""
     total = sum(counts.values())
     assert set(counts) <= set(probs), "an answer that cannot be"
@@ -143,9 +146,30 @@ def p_value(counts: Counter[tuple[int, ...]], probs: dict[tuple[int, ...], float
         observed.append(total - sum(observed))
         expected.append(total - sum(expected))
     statistic = sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
-    assert len(expected) >= 10, "too few classes to tell anything"
+    assert len(expected) >= least, "too few classes to tell anything"
     half = torch.tensor([len(expected) - 1, statistic], dtype=torch.float64) / 2
     return float(torch.special.gammaincc(half[0], half[1]))
+
+
+@pytest.mark.parametrize("certain", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_position_is_drawn_as_without_a_draft(seed: int, certain: bool) -> None:
+    """Any p and q over 8 tokens; a third of the rows have no proposal but a filler p allows."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = 30000
+    scores = (2 * torch.randn(1, 8, generator=generator)).expand(rows, -1)
+    q = (2 * torch.randn(1, 8, generator=generator)).softmax(-1).expand(rows, -1)
+    ids = torch.full((rows,), 3) if certain else draw_from(q, generator)
+    proposed = torch.arange(rows) % 3 > 0
+    drafts = Drafts(ids[:, None], [1] * rows, proposed[:, None], () if certain else (q,))
+    got, accepted = acceptance._draw_or_accept(scores, drafts, 0, generator)
+    assert torch.equal(got[accepted], ids[accepted])
+    assert 0 < accepted[proposed].float().mean() < 1
+    probs = {(token,): float(p) for token, p in enumerate(scores[0].double().softmax(-1))}
+    for some in (proposed, ~proposed):
+        counts = Counter((token,) for token in got[some].tolist())
+        assert p_value(counts, probs, least=5) > 1e-3
+    assert not accepted[~proposed].any()
 
 
 PLAIN = {"temperature": 1.6, "top_k": 4}

@@ -45,10 +45,10 @@ class Drafts:
         """fp32 ``[batch, vocab_size]``: what the drafts of a position were drawn from; zeros in
         rows without a proposal."""
         if self.probs:
-            return self.probs[position]
-        ids = self.ids[:, position, None]
-        weight = torch.ones_like(ids) if self.proposed is None else self.proposed[:, position, None]
-        return torch.zeros_like(like).scatter(1, ids, weight.to(like.dtype))
+            q = self.probs[position]
+        else:
+            q = torch.zeros_like(like).scatter(1, self.ids[:, position, None], 1.0)
+        return q if self.proposed is None else q * self.proposed[:, position, None]
 
 
 @dataclass(frozen=True)
