@@ -122,9 +122,15 @@ def test_broken_pixels_stay_with_their_picture(model: Exaone4_5) -> None:
 
 
 @torch.no_grad()
-def test_pixels_of_any_float_dtype(model: Exaone4_5) -> None:
+def test_pixels_of_any_float_dtype_and_stride(model: Exaone4_5) -> None:
     pixels = torch.randn(16, 1176, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = model.get_image_features(pixels.float(), grid((1, 4, 4))).pooler_output[0]
     for dtype in (torch.bfloat16, torch.float64):
         got = model.get_image_features(pixels.to(dtype), grid((1, 4, 4)).int()).pooler_output[0]
         assert torch.equal(got, expected)
+    strided = torch.stack([pixels, -pixels], dim=1).float().transpose(0, 1)[0]
+    assert not strided.is_contiguous()
+    for given in (strided, pixels.float().T.contiguous().T):
+        assert torch.equal(
+            model.get_image_features(given, grid((1, 4, 4))).pooler_output[0], expected
+        )

@@ -55,7 +55,7 @@ class VisionTower(nn.Module):
         """
         layout = VisionLayout.of(grids, self.config, pixel_values.device)
         pixels = pixel_values.to(self.patch_embed.proj.weight.dtype)
-        units = pixels.view(len(layout.order), self.config.merge_unit, -1)[layout.order]
+        units = pixels.reshape(len(layout.order), self.config.merge_unit, -1)[layout.order]
         x, delta = self.patch_embed(units.flatten(0, 1)), None
         full = set(self.config.full_attention_blocks)
         for index, block in enumerate(self.blocks):
