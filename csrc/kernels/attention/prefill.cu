@@ -6,6 +6,7 @@
 namespace exafuse {
 
 void launch_prefill(const AttentionParams& params, Stream stream) {
+  if (params.batch == 0 || params.seqlen_q == 0) return;
   launch_prefill_sm80(params, stream);
 }
 

@@ -57,8 +57,8 @@ class _CacheView:
         # On the CPU the lengths are at hand; a GPU would have to be waited for, so all its slots
         # are read and masked.
         shortest = longest = slots
-        if not lengths.is_cuda:
-            shortest, longest = (min(slots, int(n)) for n in lengths.aminmax())
+        if not lengths.is_cuda and lengths.numel():
+            shortest, longest = (max(0, min(slots, int(n))) for n in lengths.aminmax())
         seen_alike = shortest == longest > 0 and not lengths.is_cuda and self.leftpad is None
         inside = window_size[0] < 0 or longest <= window_size[0]
         if seqlen_q == 1 and seen_alike and inside and not (self.ring and longest == slots):
@@ -190,7 +190,7 @@ def flash_attn_with_kvcache(
     if lengths is None:
         lengths = torch.full((batch,), slots, dtype=torch.int32, device=q.device)
     shapes.match("cache_seqlens", lengths, "batch")
-    if k_cache.shape[0] == 0:  # no rows at all: one that nobody has written to
+    if k_cache.shape[0] == 0 and batch > 0:  # no rows at all: one that nobody has written to
         k_cache, v_cache = (x.new_zeros((1, *x.shape[1:])) for x in (k_cache, v_cache))
         lengths = torch.full_like(lengths, -1)
     last = k_cache.shape[0] - 1
