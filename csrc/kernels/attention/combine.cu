@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   const int column = lane_id * kLaneColumns;
   float values[kLaneColumns] = {};
   float sum = 0;
-#pragma unroll 4
+#pragma unroll 8
   for (int split = first + ((warp_id - first) & (kWarps - 1)); split < end; split += kWarps) {
     const float2 stats = p.partials.stats[slot_of(split)];
     const float factor = softmax_rescale(stats.x, max_score, call.scale_log2);

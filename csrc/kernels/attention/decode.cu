@@ -16,84 +16,22 @@
 #include "common/dispatch.h"
 #include "common/launch.h"
 #include "common/ptx.cuh"
-#include "common/shared_tile.cuh"
 #include "common/softmax.cuh"
 #include "common/vec.cuh"
 #include "kernels/attention/decode.h"
+#include "kernels/attention/decode_block.cuh"
 #include "kernels/attention/decode_splits.cuh"
 #include "kernels/attention/decode_tiles.cuh"
 
 namespace exafuse {
 namespace {
 
-inline constexpr int kWarps = 4;
-inline constexpr int kBlockThreads = kWarps * ptx::kWarpSize;
 inline constexpr int kMostColumnTiles = 3;  // of 8 columns: what registers hold
-static_assert(kKeyTile % (kWarps * kTileKeys) == 0 && kSmallestSplit % kKeyTile == 0);
 
 // --- kernel -------------------------------------------------------------------------------------
 
-// A column of a block: what it sees, and where its result goes.
-struct Column {
-  KeyRange seen;
-  int64_t out;  // element offset in out, or row of the partial results
-  int64_t lse;
-};
-
-// T: dtype; kCols: head dimension padded; kColumnTiles: columns, by eights.
 template <class T, int kCols, int kColumnTiles>
-struct DecodeShared {
-  static constexpr int kColumns = kColumnTiles * 8;
-  // 64 KiB a block at most, so that three of them keep the memory pipes of an SM full.
-  static constexpr int kStages = kCols == 64 ? 4 : 2;
-  using KeyTile = SharedTile<T, kTileKeys, kCols>;
-  static constexpr int kQueryRows = (kColumns + 15) / 16 * 16;  // fragments come in pairs
-  using QueryTile = SharedTile<T, kQueryRows, kCols>;
-  static constexpr int kRing = kStages * 2 * KeyTile::kElements;  // k and v of one warp
-  static_assert(kRing * sizeof(T) >= kColumns * kCols * sizeof(float));
-
-  T* rings;           // [kWarps, kStages, 2, kTileKeys, kCols]; at the end, results [column, dim]
-  T* queries;         // [columns, kCols]
-  Column* columns;    // [kColumns]
-  float* max_scores;  // [kWarps, kColumns]
-  float* sums;        // [kWarps, kColumns]
-
-  template <class Arena>
-  static constexpr DecodeShared take_from(Arena& arena) {
-    return {arena.template take<T, kWarps * kRing>(),
-            arena.template take<T, QueryTile::kElements>(), arena.template take<Column, kColumns>(),
-            arena.template take<float, kWarps * kColumns>(),
-            arena.template take<float, kWarps * kColumns>()};
-  }
-
-  // Where a warp leaves its result for a column: pairs of dims, no two lanes in one bank.
-  __device__ __forceinline__ float* result(int warp_id, int column, int dim) const {
-    return reinterpret_cast<float*>(rings + warp_id * kRing) + column * kCols +
-           (dim ^ ((column >> 1 & 3) * 8));
-  }
-};
-
-// The part of one block: some columns of a kv head, one split of a sequence's keys.
-struct BlockWork {
-  int sequence;
-  int kv_head;
-  int split;  // counted from the sequence's first
-  int column_block;
-
-  // Blocks that read the same keys are neighbours, then those that read the same slots.
-  __device__ __forceinline__ explicit BlockWork(const DecodeParams& p) {
-    unsigned index = blockIdx.x;
-    column_block = static_cast<int>(index % static_cast<unsigned>(p.column_blocks));
-    index /= static_cast<unsigned>(p.column_blocks);
-    kv_head = static_cast<int>(index % static_cast<unsigned>(p.call.num_kv_heads));
-    index /= static_cast<unsigned>(p.call.num_kv_heads);
-    split = static_cast<int>(index % static_cast<unsigned>(p.max_splits));
-    sequence = static_cast<int>(index / static_cast<unsigned>(p.max_splits));
-  }
-};
-
-template <class T, int kCols, int kColumnTiles>
-__global__ void __launch_bounds__(kBlockThreads, kColumnTiles < 3 ? 3 : 2)
+__global__ void __launch_bounds__(kDecodeThreads, kColumnTiles < 3 ? 3 : 2)
     decode_kernel(const __grid_constant__ DecodeParams p) {
   using Shared = DecodeShared<T, kCols, kColumnTiles>;
   using KeyTile = typename Shared::KeyTile;
@@ -105,10 +43,9 @@ __global__ void __launch_bounds__(kBlockThreads, kColumnTiles < 3 ? 3 : 2)
   const Shared shared = Shared::take_from(arena);
   const AttentionParams& call = p.call;
   const int tid = static_cast<int>(threadIdx.x);
-  const int warp_id = tid / ptx::kWarpSize;
-  const int lane_id = tid % ptx::kWarpSize;
-  const int group_id = lane_id / 4;  // row of a fragment
-  const int pair_id = lane_id % 4;   // pair of columns
+  const int warp_id = static_cast<int>(threadIdx.x / ptx::kWarpSize);
+  const int group_id = static_cast<int>(threadIdx.x % ptx::kWarpSize / 4);  // row of a fragment
+  const int pair_id = static_cast<int>(threadIdx.x % 4);                    // pair of columns
 
   ptx::griddep_wait();
   const BlockWork work(p);
@@ -131,35 +68,37 @@ __global__ void __launch_bounds__(kBlockThreads, kColumnTiles < 3 ? 3 : 2)
     reach.begin = static_cast<int>(std::max<int64_t>(first_seen.begin, begin));
     reach.end = static_cast<int>(std::min<int64_t>(last_seen.end, begin + plan.size));
   }
-  // Tile t of 16 keys, counted from position 0, belongs to warp t % kWarps.
+  // Tile t of 16 keys, counted from position 0, belongs to warp t % kDecodeWarps.
   const int tile_of_begin = reach.begin / kTileKeys;
-  const int first_tile = tile_of_begin + ((warp_id - tile_of_begin) & (kWarps - 1));
+  const int first_tile = tile_of_begin + ((warp_id - tile_of_begin) & (kDecodeWarps - 1));
   const int last_tile = reach.empty() ? -1 : (reach.end - 1) / kTileKeys;
-  const int num_tiles = last_tile < first_tile ? 0 : (last_tile - first_tile) / kWarps + 1;
+  const int num_tiles = last_tile < first_tile ? 0 : (last_tile - first_tile) / kDecodeWarps + 1;
 
   T* const ring = shared.rings + warp_id * Shared::kRing;
   const auto tile_at = [&](int stage, int which) {
     return KeyTile(ring + (stage * 2 + which) * KeyTile::kElements);
   };
+  const auto position_of = [&](int i) { return (first_tile + i * kDecodeWarps) * kTileKeys; };
   // Starts the copy of the i-th tile of this warp; an empty group behind the last.
-  const auto load_tile = [&](const void* data, const AttentionStrides& strides, int which, int i) {
+  const auto load_tile = [&](const T* source, const AttentionStrides& strides, int which, int i) {
     if (i < num_tiles) {
-      const int position = (first_tile + i * kWarps) * kTileKeys;
-      const T* source =
-          static_cast<const T*>(data) + sequence.key_offset(strides, position, work.kv_head);
+      const int position = position_of(i);
       load_keys(tile_at(i % kStages, which), source, strides.row, reach.begin - position,
-                reach.end - position, call.head_dim, call.wide, lane_id);
+                reach.end - position, call.head_dim, call.wide);
     }
     ptx::cp_async_commit();
   };
+  KeyCursor<T, kDecodeWarps * kTileKeys> cursor;
+  if (num_tiles > 0) cursor.seek(call, sequence, work.kv_head, position_of(0));
 #pragma unroll 1
   for (int i = 0; i < kStages; ++i) {
-    load_tile(call.k, call.k_strides, 0, i);
-    load_tile(call.v, call.v_strides, 1, i);
+    if (i > 0 && i < num_tiles) cursor.advance(call, sequence, work.kv_head, position_of(i));
+    load_tile(cursor.k, call.k_strides, 0, i);
+    load_tile(cursor.v, call.v_strides, 1, i);
   }
 
   const QueryTile queries(shared.queries);
-  for (int i = tid; i < QueryTile::kRows * QueryTile::kChunks; i += kBlockThreads) {
+  for (int i = tid; i < QueryTile::kRows * QueryTile::kChunks; i += kDecodeThreads) {
     const int row = i / QueryTile::kChunks;
     const int chunk = i % QueryTile::kChunks;
     auto vec = Vec<T, kChunkElements>::zero();
@@ -192,7 +131,7 @@ __global__ void __launch_bounds__(kBlockThreads, kColumnTiles < 3 ? 3 : 2)
   WarpColumns<T, kCols, kColumnTiles> found;
   found.reset();
   for (int i = 0; i < num_tiles; ++i) {
-    const int position = (first_tile + i * kWarps) * kTileKeys;
+    const int position = position_of(i);
     const bool seen_by_all = position >= common.begin && common.end - position >= kTileKeys;
 
     float scores[kColumnTiles][4] = {};
@@ -200,7 +139,10 @@ __global__ void __launch_bounds__(kBlockThreads, kColumnTiles < 3 ? 3 : 2)
     ptx::sync_warp();
     found.score(tile_at(i % kStages, 0), queries, scores);
     ptx::sync_warp();
-    load_tile(call.k, call.k_strides, 0, i + kStages);
+    if (i + kStages < num_tiles) {
+      cursor.advance(call, sequence, work.kv_head, position_of(i + kStages));
+    }
+    load_tile(cursor.k, call.k_strides, 0, i + kStages);
     if (!seen_by_all) {
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
@@ -227,7 +169,7 @@ __global__ void __launch_bounds__(kBlockThreads, kColumnTiles < 3 ? 3 : 2)
       }
     }
     ptx::sync_warp();
-    load_tile(call.v, call.v_strides, 1, i + kStages);
+    load_tile(cursor.v, call.v_strides, 1, i + kStages);
   }
 
   ptx::cp_async_wait<0>();
@@ -254,19 +196,19 @@ __global__ void __launch_bounds__(kBlockThreads, kColumnTiles < 3 ? 3 : 2)
   ptx::sync_threads();
 
   // The warps' results, added up in their order.
-  for (int i = tid; i < kColumns * kCols / 2; i += kBlockThreads) {
+  for (int i = tid; i < kColumns * kCols / 2; i += kDecodeThreads) {
     const int at = i / (kCols / 2);
     const int dim = i % (kCols / 2) * 2;
     if (at >= num_columns || dim >= call.head_dim) continue;
     float max_score = kMasked;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
+    for (int w = 0; w < kDecodeWarps; ++w) {
       max_score = ptx::max(max_score, shared.max_scores[w * kColumns + at]);
     }
     float sum = 0;
     float out[2] = {};
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
+    for (int w = 0; w < kDecodeWarps; ++w) {
       const float factor =
           softmax_rescale(shared.max_scores[w * kColumns + at], max_score, call.scale_log2);
       const float* result = shared.result(w, at, dim);
@@ -294,7 +236,7 @@ void launch_tiles(DecodeParams params, Stream stream) {
   const int64_t blocks = int64_t{params.column_blocks} * call.num_kv_heads * params.max_splits;
   const LaunchConfig config{
       .grid = dim3(grid_size(blocks * call.batch)),
-      .block = dim3(kBlockThreads),
+      .block = dim3(kDecodeThreads),
       .smem_bytes = shared_bytes<Shared>(),
       .stream = stream,
       .pdl = true,

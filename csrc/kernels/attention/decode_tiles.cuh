@@ -19,36 +19,43 @@ inline constexpr int kTileKeys = 16;  // of a warp at a time: the rows of an mma
 template <class T, int kCols>
 __device__ __forceinline__ void load_keys(const SharedTile<T, kTileKeys, kCols>& tile,
                                           const T* source, int64_t row_stride, int begin, int end,
-                                          int head_dim, bool wide, int lane_id) {
-  constexpr int kChunks = kCols / kChunkElements;
-  constexpr int kRowLanes = kChunks % 8 == 0 ? kChunks : 4;  // that read one row together
-  constexpr int kRows = ptx::kWarpSize / kRowLanes;
-  const int first_row = lane_id / kRowLanes;
-  const int first_chunk = lane_id % kRowLanes;
+                                          int head_dim, bool wide) {
+  constexpr unsigned kChunks = kCols / kChunkElements;
+  constexpr unsigned kRowLanes = kChunks % 8 == 0 ? kChunks : 4;  // that read one row together
+  constexpr unsigned kRows = ptx::kWarpSize / kRowLanes;
+  const unsigned lane_id = threadIdx.x % ptx::kWarpSize;
+  const unsigned first_row = lane_id / kRowLanes;
+  const unsigned first_chunk = lane_id % kRowLanes;
+  const unsigned last_chunk = static_cast<unsigned>(head_dim) / kChunkElements;
   source += first_row * row_stride + first_chunk * kChunkElements;
-  const auto is_valid = [&](int row, int chunk) {
-    return row >= begin && row < end && chunk * kChunkElements < head_dim;
+  const unsigned before = first_row - static_cast<unsigned>(begin);
+  const unsigned count = end > begin ? static_cast<unsigned>(end - begin) : 0;
+  const auto is_valid = [&](unsigned r, unsigned c) {
+    return before + r < (first_chunk + c < last_chunk ? count : 0);
+  };
+  const auto chunk_at = [&](unsigned r, unsigned c) {
+    return tile.chunk(static_cast<int>(first_row + r), static_cast<int>(first_chunk + c));
   };
   if (wide) {
 #pragma unroll
-    for (int r = 0; r < kTileKeys; r += kRows) {
+    for (unsigned r = 0; r < kTileKeys; r += kRows) {
 #pragma unroll
-      for (int c = 0; c < kChunks; c += kRowLanes) {
-        ptx::cp_async_16(ptx::smem_addr(tile.chunk(first_row + r, first_chunk + c)),
-                         source + c * kChunkElements, is_valid(first_row + r, first_chunk + c));
+      for (unsigned c = 0; c < kChunks; c += kRowLanes) {
+        ptx::cp_async_16(ptx::smem_addr(chunk_at(r, c)), source + c * kChunkElements,
+                         is_valid(r, c));
       }
       source += kRows * row_stride;
     }
   } else {
 #pragma unroll 1
-    for (int r = 0; r < kTileKeys; r += kRows) {
+    for (unsigned r = 0; r < kTileKeys; r += kRows) {
 #pragma unroll 1
-      for (int c = 0; c < kChunks; c += kRowLanes) {
+      for (unsigned c = 0; c < kChunks; c += kRowLanes) {
         auto vec = Vec<T, kChunkElements>::zero();
-        if (is_valid(first_row + r, first_chunk + c)) {
+        if (is_valid(r, c)) {
           vec = Vec<T, kChunkElements>::template load_readonly<false>(source + c * kChunkElements);
         }
-        vec.store_shared(tile.chunk(first_row + r, first_chunk + c));
+        vec.store_shared(chunk_at(r, c));
       }
       source += kRows * row_stride;
     }
@@ -178,7 +185,7 @@ struct WarpColumns {
                                                    const uint32_t (&terms)[kColumnTiles][2],
                                                    KeyRange seen, int position, int first_column,
                                                    int num_columns) {
-    const int pair = static_cast<int>(threadIdx.x) % 4 * 2;
+    const int pair = static_cast<int>(threadIdx.x % 4) * 2;
     uint32_t masks[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
