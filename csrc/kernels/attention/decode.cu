@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kColumnTiles < 3 ? 3 : 2)
   const int group_id = static_cast<int>(threadIdx.x % ptx::kWarpSize / 4);  // row of a fragment
   const int pair_id = static_cast<int>(threadIdx.x % 4);                    // pair of columns
 
-  ptx::griddep_wait();
   const BlockWork work(p);
+  ptx::griddep_wait();
   const Sequence sequence(call, work.sequence);
   const SplitPlan plan(call, sequence);
   const int group = call.gqa_group_size;
