@@ -144,8 +144,8 @@ def random_call(choose: random.Random, kind: str, key: object) -> CacheCall:
     seen = list(lengths)
     if choose.random() < 0.05:
         seen[0] = -3
-    elif kind != "ring" and not new and choose.random() < 0.1:
-        seen[0] = lengths[0] = 10**6 if lengths[0] == slots else lengths[0]
+    elif lengths[0] == slots and kind != "ring" and not new:
+        seen[0] = 10**6
     table = torch.int32
     leftpad = None
     if choose.random() < 0.2:
@@ -159,8 +159,11 @@ def random_call(choose: random.Random, kind: str, key: object) -> CacheCall:
     if choose.random() < 0.3:
         q = choose.choice(list(layouts(q)))[1]
         fresh = [x if x is None else choose.choice(list(layouts(x)))[1] for x in fresh]
+    v_cache = cache.v
+    if choose.random() < 0.2:  # apart from the keys in its strides
+        v_cache = choose.choice(list(layouts(v_cache)))[1]
     return CacheCall(
-        *(q, cache.k, cache.v, torch.tensor(seen, dtype=table), fresh[0], fresh[1]),
+        *(q, cache.k, v_cache, torch.tensor(seen, dtype=table), fresh[0], fresh[1]),
         cache_leftpad=leftpad,
         window=(left, choose.choice([0, 0, 0, -1, choose.choice(WINDOWS)])),
         cu_seqlens_q=offsets(lengths_q) if packed else None,

