@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kWindowThreads)
 
   const Segment segment =
       segment_of(p, static_cast<int>(blockIdx.x / static_cast<unsigned>(p.num_kv_heads)));
-  if (segment.rows == 0) return;
+  if (segment.rows <= 0) return;
   const int row_blocks = (segment.rows + kQueryRows - 1) / kQueryRows;
   const int first_head = kv_head * p.gqa_group_size;
   const int64_t kv_column = int64_t{kv_head} * p.head_dim;
