@@ -4,7 +4,8 @@
 // A block of four warps takes 128 queries of one head, a warp 32 of them, so that every fragment of
 // K and V serves two mma rows. It walks the tiles of 64 keys that hold a key seen by any of its
 // queries, from the first to the last; only tiles at the edge of what its queries see are tested
-// key by key. K(i + 1) is under way while tile i is worked on, V(i) during q k^T and the maxima.
+// key by key. K(i + 1) is under way while tile i is worked on, and V(i + 1) as well; with 128
+// columns shared memory has room for one tile of v only, which arrives during q k^T and the maxima.
 //
 // What a row becomes depends on its own queries and keys alone: tiles start at absolute multiples
 // of their size, one row's tiles come in ascending order, and a tile of which it sees nothing
@@ -61,9 +62,9 @@ struct BlockState {
   TileRange whole;   // every query of the block sees every key
   int index;         // of the sequence
   int kv_head;
-  int num_queries;  // of the tile and of those behind it
-  int non_finite;   // the latest tile whose v holds a NaN or an infinity
-  int64_t out;      // element offsets of the first row
+  int num_queries;    // of the tile and of those behind it
+  int non_finite[2];  // the latest tiles, even and odd, whose v holds a NaN or an infinity
+  int64_t out;        // element offsets of the first row
   int64_t lse;
 };
 
@@ -72,6 +73,9 @@ struct PrefillShared {
   using Warp = WarpQueries<T, kCols>;
   using QueryTile = typename Warp::QueryTile;
   using KeyTile = typename Warp::KeyTile;
+  // A second tile of 128 columns would leave an SM of sm_80 with one block instead of two.
+  static constexpr int kValueTiles = kCols < 128 ? 2 : 1;
+
   T* q;  // and, at the end, the output
   T* k;  // two tiles
   T* v;
@@ -83,7 +87,7 @@ struct PrefillShared {
   static constexpr PrefillShared take_from(Arena& arena) {
     return {arena.template take<T, QueryTile::kElements>(),
             arena.template take<T, 2 * KeyTile::kElements>(),
-            arena.template take<T, KeyTile::kElements>(),
+            arena.template take<T, kValueTiles * KeyTile::kElements>(),
             arena.template take<KeyRange, kTileQueries>(),
             arena.template take<WarpTiles, kWarps>(),
             arena.template take<BlockState, 1>()};
@@ -115,8 +119,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   SharedArena arena;
   const Shared shared = Shared::take_from(arena);
   const typename Shared::QueryTile q_tile(shared.q);
-  const KeyTile v_tile(shared.v);
+  constexpr bool kValuesAhead = Shared::kValueTiles == 2;
   const auto k_tile = [&](int tile) { return KeyTile(shared.k + tile % 2 * KeyTile::kElements); };
+  const auto v_tile = [&](int tile) {
+    return KeyTile(shared.v + tile % Shared::kValueTiles * KeyTile::kElements);
+  };
   const int first_row = tid / ptx::kWarpSize * kWarpQueries;
   const WarpTiles& warp = shared.warps[tid / ptx::kWarpSize];
   BlockState& block = *shared.block;
@@ -140,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 2)
              .index = index,
              .kv_head = head / p.gqa_group_size,
              .num_queries = num_queries,
-             .non_finite = -1,
+             .non_finite = {-1, -1},
              .out = sequence.query_offset(p.out_strides, first_query, head),
              .lse = sequence.query_offset(p.lse_strides, first_query, head)};
   }
@@ -174,24 +181,38 @@ __global__ void __launch_bounds__(kThreads, 2)
     };
     const T* k_own = nullptr;
     const T* v_own = nullptr;
-    load_keys(p.k, p.k_strides, k_own, k_tile(block.active.begin), block.active.begin);
+    const auto load_k = [&](int tile) { load_keys(p.k, p.k_strides, k_own, k_tile(tile), tile); };
+    const auto load_v = [&](int tile) { load_keys(p.v, p.v_strides, v_own, v_tile(tile), tile); };
+    // Zero times NaN is NaN: a value that some rows must not see may not be multiplied by their
+    // zeros. Where every row sees every key there is nothing to look for. Before the barrier that
+    // completes the tile.
+    const auto look_for_non_finite = [&](int tile) {
+      if (!block.whole.contains(tile) && v_tile(tile).template has_non_finite<kThreads>(tid)) {
+        ptx::atomic_exch(&block.non_finite[tile % 2], tile);
+      }
+    };
+
+    load_k(block.active.begin);
+    if constexpr (kValuesAhead) load_v(block.active.begin);
     ptx::griddep_launch_dependents();
     ptx::cp_async_wait<0>();
+    if constexpr (kValuesAhead) look_for_non_finite(block.active.begin);
     ptx::sync_threads();
     queries.load_queries();
 
 #pragma unroll 1
     for (int tile = block.active.begin; tile < block.active.end; ++tile) {
       const bool active = warp.active.contains(tile);
-      const bool edge = !block.whole.contains(tile);
+
       const auto row_sees = [&](int r) {
         const KeyRange range = shared.seen[queries.row(r)];
         return KeyRange{range.begin - tile * kTileKeys, range.end - tile * kTileKeys};
       };
 
-      load_keys(p.v, p.v_strides, v_own, v_tile, tile);
+      if constexpr (!kValuesAhead) load_v(tile);
       if (tile + 1 < block.active.end) {
-        load_keys(p.k, p.k_strides, k_own, k_tile(tile + 1), tile + 1);
+        load_k(tile + 1);
+        if constexpr (kValuesAhead) load_v(tile + 1);
       } else {
         ptx::cp_async_commit();
       }
@@ -200,22 +221,23 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (!warp.whole.contains(tile)) queries.mask(row_sees);
         queries.raise_maxima(p.scale_log2);
       }
-
-      ptx::cp_async_wait<1>();
-      // Zero times NaN is NaN: a value that some rows must not see may not be multiplied by their
-      // zeros. Where every row sees every key there is nothing to look for.
-      if (edge && v_tile.template has_non_finite<kThreads>(tid)) {
-        ptx::atomic_exch(&block.non_finite, tile);
+      if constexpr (!kValuesAhead) {
+        ptx::cp_async_wait<1>();
+        look_for_non_finite(tile);
+        ptx::sync_threads();
       }
-      ptx::sync_threads();
-      if (edge && block.non_finite == tile) {
+      if (!block.whole.contains(tile) && block.non_finite[tile % 2] == tile) {
+        if constexpr (kValuesAhead) ptx::sync_threads();
         // All warps are done with this tile of k.
-        v_tile.template split_non_finite<kThreads>(k_tile(tile), tid);
+        v_tile(tile).template split_non_finite<kThreads>(k_tile(tile), tid);
         ptx::sync_threads();
         if (active) queries.add_non_finite(k_tile(tile), row_sees, p.scale_log2);
       }
-      if (active) queries.multiply_values(v_tile, p.scale_log2);
+      if (active) queries.multiply_values(v_tile(tile), p.scale_log2);
       ptx::cp_async_wait<0>();
+      if constexpr (kValuesAhead) {
+        if (tile + 1 < block.active.end) look_for_non_finite(tile + 1);
+      }
       ptx::sync_threads();
     }
   }
