@@ -216,3 +216,15 @@ def test_windows_beyond_every_position_are_open(emulated: Backend) -> None:
         expected = module.flash_attn_func(q, k, k)
         for far in (50, 2**30, 2**31, 2**70):
             assert torch.equal(module.flash_attn_func(q, k, k, window_size=(far, far)), expected)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 20])
+def test_strides_of_single_slots_may_be_anything(seqlen_q: int, emulated: Backend) -> None:
+    """They count in no check of alignment, so no address may follow them either."""
+    for head_dim in (16, 96, 128):
+        q = normal(2, seqlen_q, 4, head_dim, dtype=BF16, key=seqlen_q)
+        rows = [normal(1, 1, head_dim, dtype=BF16, key=b) for b in range(2)]
+        memory = torch.stack(rows).as_strided((2, 1, 1, head_dim), (head_dim, 13, 7, 1))
+        expected = attention_oracle.flash_attn_with_kvcache(q, memory, memory)
+        expected.check(emulated.ops.flash_attn_with_kvcache(q, memory, memory))
+        expected.check(emulated.ops.flash_attn_func(q, memory, memory))

@@ -258,8 +258,10 @@ inline void check_attention_memory(const AttentionCall& call) {
 }
 
 // Strides of [batch, row, head, head_dim], or of [row, head, head_dim] where packed.
+// The stride of a dimension of one element may be anything, also what is not aligned: 0 instead.
 inline AttentionStrides strides_of(const Tensor& tensor) {
-  return {tensor.ndim == 4 ? tensor.stride(0) : 0, tensor.stride(-3), tensor.stride(-2)};
+  const auto stride = [&](int dim) { return tensor.size(dim) > 1 ? tensor.stride(dim) : 0; };
+  return {tensor.ndim == 4 ? stride(0) : 0, stride(-3), stride(-2)};
 }
 
 // Checks every argument of a call and says what the kernels need of it.
