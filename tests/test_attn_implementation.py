@@ -195,3 +195,36 @@ def test_bf16_runs_on_the_kernels(model: Any, name: str, monkeypatch: pytest.Mon
     assert emulated is not ops
     mine, theirs = (float((x - exact).norm() / exact.norm()) for x in (ours, plain))
     assert mine <= 1.25 * theirs, f"error {mine:.3e}, transformers {theirs:.3e}"
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_autocast_rounds_as_little_as_transformers(model: Any, use_cache: bool, grad: bool) -> None:
+    """RoPE makes q and k fp32 under autocast, v is not: attention runs in autocast's dtype."""
+    ids = drop_in_cases.prompts(model)
+    model.set_attn_implementation("eager")
+    exact = model(ids).logits.detach()
+    errors = []
+    for name in (integration.NAME, "eager"):
+        model.set_attn_implementation(name)
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(grad):
+            logits = model(ids, use_cache=use_cache).logits.detach().float()
+        errors.append(float((logits - exact).norm() / exact.norm()))
+    assert errors[0] <= 1.5 * errors[1], errors
+
+
+def test_an_int32_mask_of_the_caller_is_refused() -> None:
+    q = torch.zeros(1, 2, 5, 8)
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"attention_mask: expected a bool.*int32 \(1, 1, 5, 5\)"):
+        integration.attention(torch.nn.Module(), q, q, q, mask)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_without_a_mask_queries_stand_at_the_end_of_the_keys(window: int | None) -> None:
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(2, 2, n, 8, generator=generator) for n in (3, 8, 8))
+    out, _ = integration.attention(torch.nn.Module(), q, k, v, None, sliding_window=window)
+    mask = CompactMask(True, window).explicit(3, 8, torch.device("cpu"))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    drop_in_cases.close(out, expected.transpose(1, 2))

@@ -309,3 +309,18 @@ def test_half_precision_runs_on_the_kernels(model: Any, caplog: pytest.LogCaptur
         mine, theirs = (float((x.float() - exact).norm() / exact.norm()) for x in (ours, plain))
         assert mine <= 1.25 * theirs, f"{name}: error {mine:.3e}, transformers {theirs:.3e}"
     assert "SDPA" not in caplog.text
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_autocast_rounds_as_little_as_the_model(model: Any, grad: bool) -> None:
+    """Linear layers give bf16 beside fp32 residuals and norm weights."""
+    ids = drop_in_cases.prompts(model)
+    exact = model(ids).logits.detach()
+
+    def call(model: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(grad):
+            return model(ids).logits.detach().float()
+
+    plain, ours = plain_and_patched(model, call)
+    mine, theirs = (float((x - exact).norm() / exact.norm()) for x in (ours, plain))
+    assert mine <= 1.5 * theirs, (mine, theirs)

@@ -189,3 +189,17 @@ def test_callables_see_one_position_after_the_other(
     assert got.num_scores == plain.num_scores[:calls]
     for a, b in zip(out.scores, expected.scores, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefill_chunk_of_padding_alone_is_skipped(
+    model: CausalLM, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 columns in chunks of 8, of which the first 10 are padding in every row."""
+    monkeypatch.setattr(model, "prefill_chunk", 8)
+    ids, mask = padded_prompts()
+    ids, mask = ids[:, -24:], mask[:, -24:].clone()
+    mask[:, :10] = 0
+    kwargs: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 12}
+    drafted = model.generate(ids, draft=kind, **kwargs)
+    assert torch.equal(drafted, model.generate(ids, **kwargs))

@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """A few numbers from the host, without waiting for what the device is still doing."""
+    if device.type != "cuda":
+        return numbers.to(device)
+    return numbers.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Packing:
     """Which cells of a padded ``[batch, columns]`` block are tokens.
@@ -52,9 +59,24 @@ class Packing:
         return padded.view(self.batch, self.columns, *x.shape[1:])
 
     def last_tokens(self, device: torch.device) -> Tensor:
-        """int64 ``[batch]``, packed index of each row's last token."""
-        ends = torch.tensor(self.lengths).cumsum(0) - 1
-        return ends.to(device)
+        """int64 ``[batch]``, packed index of each row's last token; of a row without one, that of
+        the row before, or -1."""
+        if self.uniform:
+            return torch.arange(1, self.batch + 1, device=device) * self.columns - 1
+        return to_device(torch.tensor(self.lengths).cumsum(0) - 1, device)
+
+    def last_states(self, x: Tensor, before: Tensor | None) -> Tensor | None:
+        """The state of each row's last token, ``[batch, size]`` of ``x [num_tokens, size]``; a row
+        without a token in this block keeps what it had ``before``."""
+        if self.columns == 1 and self.uniform:
+            return x
+        if x.shape[0] == 0:
+            return before
+        rows = x[self.last_tokens(x.device).clamp(min=0)]
+        if before is None or self.uniform:
+            return rows
+        empty = to_device(torch.tensor([n == 0 for n in self.lengths]), x.device)
+        return torch.where(empty[:, None], before, rows)
 
     def rows(self, device: torch.device) -> Tensor:
         """int64 ``[num_tokens]``, the row of each token."""
@@ -71,7 +93,7 @@ class Packing:
     def cu_seqlens(self, device: torch.device) -> Tensor:
         """int32 ``[batch + 1]`` offsets of the rows in the packed tokens."""
         starts = torch.tensor([0, *self.lengths]).cumsum(0)
-        return starts.to(torch.int32).to(device)
+        return to_device(starts.to(torch.int32), device)
 
 
 def padding_mask(

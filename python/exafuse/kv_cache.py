@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from exafuse.batch import to_device
 from exafuse.cache_columns import Block, Mark, Ragged, first_columns, row_lengths
 from exafuse.config import ModelConfig
 from exafuse.rotary import RotaryState
@@ -210,10 +211,10 @@ class KVCache:
         """Shorten the rows, which nothing forbids, to what ``blocks`` describe."""
         removed = [old - new for old, new in zip(self.lengths, lengths, strict=True)]
         device = self.seqlens.device
-        self.next_positions = self.next_positions - torch.tensor(removed).to(device)
+        self.next_positions = self.next_positions - to_device(torch.tensor(removed), device)
         self.lengths, self._blocks = lengths, blocks
         self.seen = sum(block.columns for block in blocks)
-        self.seqlens = torch.tensor(lengths, dtype=torch.int32).to(device)
+        self.seqlens = to_device(torch.tensor(lengths, dtype=torch.int32), device)
         # An emptied row starts anew, whatever its slots once held.
         self.high_water = [h if n else 0 for h, n in zip(self.high_water, lengths, strict=True)]
         self.next_positions = self.next_positions * (self.seqlens > 0)

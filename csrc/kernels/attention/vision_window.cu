@@ -106,7 +106,8 @@ __device__ __forceinline__ void weigh(float (&scores)[kKeyTiles][4], int length,
   for (int i = 0; i < 2; ++i) {
     sum[i] += ptx::shfl_xor(sum[i], 1);
     sum[i] += ptx::shfl_xor(sum[i], 2);
-    inverse[i] = ptx::rcp(sum[i]);
+    // A row whose scores are all -inf gives 0, as one that sees no key.
+    inverse[i] = sum[i] == 0.0f ? 0.0f : ptx::rcp(sum[i]);
   }
 }
 

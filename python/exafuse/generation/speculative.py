@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exafuse.batch import to_device
 from exafuse.generation.acceptance import Decision, Drafts, OneRow, decide
 from exafuse.generation.call import Call, DraftedModel
 from exafuse.generation.drafts import check_kind, make_drafter
@@ -38,10 +39,13 @@ def decode_with_drafts(call: Call, kind: str, num_draft_tokens: int) -> Generate
         call.streamer.put(prompt.ids.cpu())
     one_row = _one_row(call)
 
+    last = None
     chunks = model.next_hidden(prompt.ids, cache, prompt.mask, call.progress, **call.media)
     for packing, embeds, states in chunks:
         drafter.read_prompt(packing, embeds, states)
-        hidden = states[packing.last_tokens(device).clamp(min=0)][:, None]
+        last = packing.last_states(states, last)
+    assert last is not None  # a prompt has a token
+    hidden = last[:, None]
     mark = cache.mark()
     drafts = Drafts.none(batch, device)
     while True:
@@ -49,8 +53,8 @@ def decode_with_drafts(call: Call, kind: str, num_draft_tokens: int) -> Generate
             model.lm_head(hidden),
             drafts,
             chain,
-            running=torch.tensor(rows.running).to(device),
-            room=torch.tensor(rows.room).to(device),
+            running=to_device(torch.tensor(rows.running), device),
+            room=to_device(torch.tensor(rows.room), device),
             eos_ids=call.eos_ids,
             do_sample=call.do_sample,
             generator=call.draw.generator,
@@ -61,10 +65,10 @@ def decode_with_drafts(call: Call, kind: str, num_draft_tokens: int) -> Generate
         if rows.done:
             break
         cache.keep_after(mark, rows.fed)
+        newest = to_device(torch.tensor([tokens[-1:] for tokens in rows.tokens]), device)
         drafts = Drafts.none(batch, device)
         if count := min(num_draft_tokens, max(rows.room) - 1):
             drafts = drafter.propose(count, chain, decision, hidden)
-        newest = torch.tensor([tokens[-1:] for tokens in rows.tokens]).to(device)
         feed = torch.cat((newest, drafts.ids), dim=1)
         ((packing, _, states),) = model.next_hidden(feed, cache)
         hidden = packing.pad(states)

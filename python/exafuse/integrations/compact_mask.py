@@ -56,9 +56,18 @@ class CompactMask:
 
     @classmethod
     def unpack(cls, mask: Tensor | None) -> CompactMask | None:
-        """The mask that ``mask`` stands for; None if it is an ordinary mask."""
+        """The mask that ``mask`` stands for; None if it is an ordinary mask.
+
+        Raises:
+            ValueError: another int32 mask, which would be nobody's.
+        """
         if mask is None or mask.dtype != torch.int32 or mask.ndim != 4:
             return None
+        if mask.shape[1] not in (1, 2) or mask.shape[3] not in (1, 2):
+            raise ValueError(
+                "attention_mask: expected a bool or floating-point mask with four dimensions, got "
+                f"int32 {tuple(mask.shape)}"
+            )
         causal, window = mask.shape[1] == 1, mask.shape[2] - 1 or None
         if mask.shape[3] == 1:
             return cls(causal, window)

@@ -192,7 +192,7 @@ def _add_then_norm(
     ops: ModuleType, norm: Any, x: Tensor, residual: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``norm(x + residual)`` and the sum."""
-    if _fusible(norm):
+    if _fusible(norm) and x.dtype == residual.dtype:  # autocast mixes dtypes
         normed, total = ops.add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
         return normed, total
     total = residual + x
@@ -201,7 +201,7 @@ def _add_then_norm(
 
 def _norm_then_add(ops: ModuleType, norm: Any, x: Tensor, residual: Tensor) -> Tensor:
     """``residual + norm(x)``."""
-    if _fusible(norm):
+    if _fusible(norm) and x.dtype == residual.dtype:
         out: Tensor = ops.rms_norm_add(x, residual, norm.weight, norm.variance_epsilon)
         return out
     total: Tensor = residual + norm(x)

@@ -92,8 +92,9 @@ def attention(
         _say_once('attention weights are never formed: use attn_implementation="eager" for them')
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask = CompactMask.unpack(attention_mask)
-    if mask is None and attention_mask is None and (not causal or query.shape[2] == key.shape[2]):
+    if attention_mask is None:
         mask = CompactMask(causal, sliding_window)
+    query, key, value = _autocast(query, key, value)
     reason = _why_not(query, key, value, dropout, mask)
     if reason:
         _say_once(f"this attention runs on torch's SDPA: {reason}")
@@ -149,7 +150,8 @@ def attention_mask(
         if attention_mask is not None:
             padding = attention_mask[:, kv_offset : kv_offset + kv_length]
         last = q_offset - kv_offset + q_length if causal else kv_length  # slots that hold keys
-        bounds = _bounds(batch_size, last, kv_length, padding, causal and q_length == kv_length)
+        only_new_keys = causal and q_length == kv_length
+        bounds = _bounds(batch_size, last, kv_length, padding, only_new_keys, device)
         if bounds is not None:
             return CompactMask(causal, window, *bounds).pack(batch_size, device)
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
@@ -191,6 +193,7 @@ def _bounds(
     kv_length: int,
     padding: Tensor | None,
     only_new_keys: bool,
+    device: torch.device | str,
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """``(lengths, first)`` of :class:`CompactMask`; None where padding is not at one end."""
     if padding is not None:
@@ -198,23 +201,31 @@ def _bounds(
             return None
         if bool(padding.all()) and padding.shape[1] == kv_length:
             padding = None
+    if padding is None and isinstance(last, int) and last == kv_length:
+        return None, None
+    # Filled on the device: a copy from the host has no place in a captured graph.
+    lengths = torch.full((batch_size,), 1, dtype=torch.int64, device=device) * last
     if padding is None:
-        if isinstance(last, int) and last == kv_length:
-            return None, None
-        lengths = torch.as_tensor(last, dtype=torch.int32).reshape(-1).expand(batch_size)
         return lengths, torch.zeros_like(lengths)
     slots = torch.arange(padding.shape[1], device=padding.device)
     first = padding.int().argmax(1)
     end = padding.shape[1] - padding.flip(1).int().argmax(1)
     empty = ~padding.any(1)
     run = (slots >= first[:, None]) & (slots < end[:, None])
-    lengths = torch.as_tensor(last, device=padding.device).reshape(-1).expand(batch_size)
     # Padding behind the last token is seen by padding alone where all keys are of this call;
     # otherwise the last token must be the last key.
     at_end = torch.ones_like(empty) if only_new_keys else end == lengths.clamp(max=kv_length)
     if not bool((((run == padding).all(1) & at_end) | empty).all()):
         return None
     return lengths, torch.where(empty, lengths, first)
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """Under autocast, q, k and v in its dtype: RoPE may have made some of them fp32."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [x.to(torch.get_autocast_dtype(device)) for x in tensors]
 
 
 def _why_not(
@@ -256,6 +267,7 @@ def _sdpa(
 
 
 def _say_once(message: str) -> None:
-    if message not in _said:
+    # A compiled graph cannot speak; the same call without compilation does.
+    if not torch.compiler.is_compiling() and message not in _said:
         _said.add(message)
         _log.warning("%s", message)

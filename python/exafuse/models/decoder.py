@@ -112,7 +112,7 @@ class Decoder(nn.Module):
         """
         hidden = None
         for packing, _, x in self.next_hidden(input_ids, cache, attention_mask, progress, **vision):
-            hidden = self._last(x, packing, hidden)
+            hidden = packing.last_states(x, hidden)
         logits: Tensor = self.lm_head(hidden)
         return logits
 
@@ -173,18 +173,6 @@ class Decoder(nn.Module):
         if given := vision.given():
             raise ValueError(f"{', '.join(given)}: expected None, this model has no vision tower")
         return None
-
-    def _last(self, x: Tensor, packing: Packing, before: Tensor | None) -> Tensor | None:
-        """Each row's last hidden state; a row without a token in this chunk keeps what it had."""
-        if packing.columns == 1 and packing.uniform:
-            return x
-        if x.shape[0] == 0:
-            return before
-        rows = x[packing.last_tokens(self.device).clamp(min=0)]
-        if before is None or packing.uniform:
-            return rows
-        empty = torch.tensor([n == 0 for n in packing.lengths]).to(self.device)
-        return torch.where(empty[:, None], before, rows)
 
     def _check_cache(self, cache: KVCache, batch: int) -> None:
         if not isinstance(cache, KVCache):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from exafuse.batch import Packing
+from exafuse.batch import Packing, to_device
 from exafuse.kv_cache import KVCache
 from exafuse.layers import Step
 
@@ -37,7 +37,7 @@ def next_step(
             positions = cache.next_positions[rows] + offsets
         after = positions[packing.last_tokens(device).clamp(min=0)] + 1
         if not packing.uniform:
-            empty = torch.tensor([n == 0 for n in packing.lengths]).to(device)
+            empty = to_device(torch.tensor([n == 0 for n in packing.lengths]), device)
             after = torch.where(empty, cache.next_positions, after)
         cache.next_positions = after
     step = Step(
