@@ -18,6 +18,7 @@ from poison import Guarded, layouts
 
 HEAD_DIMS = [8, 16, 24, 32, 40, 64, 64, 64, 72, 80, 96, 104, 128, 128]
 HEADS = [(1, 1), (1, 1), (2, 1), (3, 3), (4, 2), (5, 1), (6, 2), (7, 1), (8, 2), (12, 1)]
+SPECIAL = [float("nan"), float("inf"), -float("inf")]
 LENGTHS_Q = [1, 1, 1, 1, 2, 3, 4, 5, 8, 15, 16]
 
 
@@ -171,3 +172,41 @@ def random_call(choose: random.Random, kind: str, key: object) -> CacheCall:
         scale=choose.choice([None, None, 0.05, 0.3]),
         **cache.arguments,
     )
+
+
+def some_call(choose: random.Random, kind: str, batch: int, queries: int, key: object) -> CacheCall:
+    """Several splits, a window or none, tokens anywhere."""
+    dtype = choose.choice([BF16, FP16])
+    slots, dim = choose.choice([256, 640]), choose.choice([64, 64, 80, 128])
+    left = choose.choice([0, 17, 100, 256 - queries, 600])
+    if kind == "ring":
+        left, slots = min(left, 256 - queries), 256
+    elif choose.random() < 0.4:
+        left = -1
+    most = 640 if kind == "ring" else slots
+    lengths = [max(queries, any_length(choose, most)) for _ in range(batch)]
+    keys, values = (
+        [normal(n, 2, dim, dtype=dtype, key=(key, name, b)) for b, n in enumerate(lengths)]
+        for name in "kv"
+    )
+    cache = attention_caches.store(kind, keys, values, slots, key)
+    return CacheCall(
+        normal(batch, queries, 2 * choose.choice([1, 3, 5]), dim, dtype=dtype, key=(key, "q")),
+        *(cache.k, cache.v, torch.tensor(lengths, dtype=torch.int32)),
+        window=(left, 0),
+        **cache.arguments,
+    )
+
+
+def spoil(choose: random.Random, call: CacheCall, reach: int) -> None:
+    """Puts NaN and infinities into some of the newest `reach` keys and values of a sequence."""
+    assert call.cache_seqlens is not None
+    length = int(call.cache_seqlens[0])
+    table = {} if call.block_table is None else {"block_table": call.block_table}
+    cache = attention_caches.Cache(call.k_cache, call.v_cache, table)
+    for _ in range(3):
+        row, slot = cache.place(0, max(0, length - choose.randint(1, reach)))
+        if choose.random() < 0.7:
+            cache.v[row, slot, 0, choose.randrange(8)] = choose.choice(SPECIAL)
+        else:
+            cache.k[row, slot, 0, choose.randrange(8)] = SPECIAL[0]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 
 import attention_caches
+import numpy as np
 import pytest
 import torch
 from attention_sequences import BF16, FP16, normal
-from cache_calls import CacheCall, random_call
+from cache_calls import CacheCall, random_call, some_call, spoil
 from emulator.control import SCHEDULES, Emulator
 from exafuse.ops import front_door
 from kernel_backends import Backend, backend, case_factor, emulated, emulator_library
@@ -34,6 +35,7 @@ def run_random(backend: Backend, kind: str, share: object, cases: int) -> None:
     backend.count(cases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", range(4))
 def test_random_calls(share: int, kind: str, backend: Backend) -> None:
@@ -74,7 +76,9 @@ def test_every_number_of_splits(backend: Backend) -> None:
     backend.count(64)
 
 
-@pytest.mark.parametrize("step", [16384, 32768, 65536])
+@pytest.mark.parametrize(
+    "step", [16384, *(pytest.param(n, marks=pytest.mark.slow) for n in (32768, 65536))]
+)
 def test_steps_of_the_split_size(step: int, backend: Backend) -> None:
     for length in (step - 1, step, step + 1, step + step // 2 + 77):
         long_call(2 * step, length, 2).check(backend, f"{length} keys", peer=False)
@@ -150,6 +154,21 @@ def test_nothing_to_see(backend: Backend) -> None:
     )
     no_rows.check(backend, "a cache without rows")
     backend.count(9)
+
+
+@pytest.mark.sanitized
+def test_what_is_not_finite_shows_where_it_is_seen(backend: Backend) -> None:
+    """And nowhere else, in calls of which some queries see a NaN and others do not."""
+    choose = random.Random("not finite")
+    cases = 30 * case_factor()
+    for number in range(cases):
+        queries = choose.randint(2, 16)
+        kind = choose.choice(["contiguous", "ring", "paged"])
+        call = some_call(choose, kind, 1, queries, number)
+        spoil(choose, call, queries + 3)
+        with np.errstate(invalid="ignore"):  # the judge subtracts infinities
+            call.check(backend, f"{kind} case {number}: {queries} queries, {call.cache_seqlens}")
+    backend.count(cases)
 
 
 def test_extreme_scores(backend: Backend) -> None:

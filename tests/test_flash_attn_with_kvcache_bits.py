@@ -11,8 +11,8 @@ import attention_caches
 import numpy as np
 import pytest
 import torch
-from attention_sequences import BF16, FP16, any_length, normal
-from cache_calls import CacheCall
+from attention_sequences import BF16, normal
+from cache_calls import CacheCall, some_call, spoil
 from kernel_backends import Backend, backend, case_factor
 from numeric import assert_bitwise_equal
 
@@ -20,31 +20,6 @@ __all__ = ["backend"]  # a fixture
 
 KINDS = attention_caches.KINDS
 INT32 = torch.int32
-SPECIAL = [float("nan"), float("inf"), -float("inf")]
-
-
-def some_call(choose: random.Random, kind: str, batch: int, queries: int, key: object) -> CacheCall:
-    """Several splits, a window or none, tokens anywhere."""
-    dtype = choose.choice([BF16, FP16])
-    slots, dim = choose.choice([256, 640]), choose.choice([64, 64, 80, 128])
-    left = choose.choice([0, 17, 100, 256 - queries, 600])
-    if kind == "ring":
-        left, slots = min(left, 256 - queries), 256
-    elif choose.random() < 0.4:
-        left = -1
-    most = 640 if kind == "ring" else slots
-    lengths = [max(queries, any_length(choose, most)) for _ in range(batch)]
-    keys, values = (
-        [normal(n, 2, dim, dtype=dtype, key=(key, name, b)) for b, n in enumerate(lengths)]
-        for name in "kv"
-    )
-    cache = attention_caches.store(kind, keys, values, slots, key)
-    return CacheCall(
-        normal(batch, queries, 2 * choose.choice([1, 3, 5]), dim, dtype=dtype, key=(key, "q")),
-        *(cache.k, cache.v, torch.tensor(lengths, dtype=INT32)),
-        window=(left, 0),
-        **cache.arguments,
-    )
 
 
 def assert_same(backend: Backend, one: CacheCall, rows: tuple[slice, slice], many: object) -> None:
@@ -73,18 +48,6 @@ def test_a_row_of_a_batch_is_the_row_alone(kind: str, backend: Backend) -> None:
     backend.count(5 * cases)
 
 
-def spoil(choose: random.Random, call: CacheCall, length: int, reach: int) -> None:
-    """Puts NaN and infinities into some of the newest keys and values."""
-    table = {} if call.block_table is None else {"block_table": call.block_table}
-    cache = attention_caches.Cache(call.k_cache, call.v_cache, table)
-    for _ in range(3):
-        row, slot = cache.place(0, max(0, length - choose.randint(1, reach)))
-        if choose.random() < 0.7:
-            cache.v[row, slot, 0, choose.randrange(8)] = choose.choice(SPECIAL)
-        else:
-            cache.k[row, slot, 0, choose.randrange(8)] = SPECIAL[0]
-
-
 @pytest.mark.parametrize("kind", ["contiguous", "ring", "paged"])
 def test_queries_together_are_each_alone(kind: str, backend: Backend) -> None:
     """Also where some of them see NaN and infinities and others do not."""
@@ -95,7 +58,7 @@ def test_queries_together_are_each_alone(kind: str, backend: Backend) -> None:
         call = some_call(choose, kind, 1, queries, number)
         length = int(call.cache_seqlens[0])  # type: ignore[index]
         if number % 2:
-            spoil(choose, call, length, queries + 3)
+            spoil(choose, call, queries + 3)
             with np.errstate(invalid="ignore"):  # the judge subtracts infinities
                 call.check(backend, f"{kind} case {number} with NaN")
         result = call.run(backend)
