@@ -34,10 +34,10 @@ __device__ __forceinline__ float softmax_rescale(float old_max, float new_max, f
   return old_max == new_max ? 1.0f : ptx::exp2_ftz((old_max - new_max) * scale_log2);
 }
 
-// Natural log of the sum of exp(score * scale) of a row that saw a key: NaN if all its scores are
-// -inf, as its softmax is.
+// Natural log of the sum of exp(score * scale); -inf for a row that saw no key, or keys whose
+// scores are all -inf.
 __device__ __forceinline__ float softmax_lse(float max_score, float sum, float scale_log2) {
-  if (sum == 0) return std::numeric_limits<float>::quiet_NaN();
+  if (sum == 0) return kMasked;
   return (ptx::log2(sum) + max_score * scale_log2) * kLn2;
 }
 

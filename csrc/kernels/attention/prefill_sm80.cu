@@ -29,7 +29,7 @@
 namespace exafuse {
 namespace {
 
-static_assert(kKeyTile % kTileKeys == 0);
+static_assert(kKeyTile % kPrefillTileKeys == 0);
 
 // --- kernel -------------------------------------------------------------------------------------
 
@@ -45,10 +45,11 @@ struct TileRange {
 // of, and the tiles of which each sees every key.
 __device__ __forceinline__ TileRange tiles_of_any(const KeyRange& first, const KeyRange& last) {
   if (last.end <= first.begin) return {0, 0};
-  return {first.begin / kTileKeys, (last.end - 1) / kTileKeys + 1};
+  return {first.begin / kPrefillTileKeys, (last.end - 1) / kPrefillTileKeys + 1};
 }
 __device__ __forceinline__ TileRange tiles_of_all(const KeyRange& first, const KeyRange& last) {
-  return {last.begin / kTileKeys + (last.begin % kTileKeys != 0 ? 1 : 0), first.end / kTileKeys};
+  return {last.begin / kPrefillTileKeys + (last.begin % kPrefillTileKeys != 0 ? 1 : 0),
+          first.end / kPrefillTileKeys};
 }
 
 struct WarpTiles {
@@ -58,9 +59,12 @@ struct WarpTiles {
 
 // What the block works on. The loop over the keys has no registers left for it.
 struct BlockState {
-  TileRange active;  // some query of the block sees a key
-  TileRange whole;   // every query of the block sees every key
-  int index;         // of the sequence
+  KeyRange existing;  // of the sequence
+  KeyRange seen;      // by any query of the block
+  int64_t position;   // of the first query
+  TileRange active;   // some query of the block sees a key
+  TileRange whole;    // every query of the block sees every key
+  int index;          // of the sequence
   int kv_head;
   int num_queries;    // of the tile and of those behind it
   int non_finite[2];  // the latest tiles, even and odd, whose v holds a NaN or an infinity
@@ -79,7 +83,6 @@ struct PrefillShared {
   T* q;  // and, at the end, the output
   T* k;  // two tiles
   T* v;
-  KeyRange* seen;  // by each query; behind the last one, by the last
   WarpTiles* warps;
   BlockState* block;
 
@@ -88,17 +91,17 @@ struct PrefillShared {
     return {arena.template take<T, QueryTile::kElements>(),
             arena.template take<T, 2 * KeyTile::kElements>(),
             arena.template take<T, kValueTiles * KeyTile::kElements>(),
-            arena.template take<KeyRange, kTileQueries>(),
-            arena.template take<WarpTiles, kWarps>(),
-            arena.template take<BlockState, 1>()};
+            arena.template take<WarpTiles, kPrefillWarps>(), arena.template take<BlockState, 1>()};
   }
 };
+// Two blocks to an SM of sm_80, which has 164 KiB and takes 1 KiB of them for each block.
+static_assert(2 * (shared_bytes<PrefillShared<__half, kMaxHeadDim>>() + 1024) <= 164 * 1024);
 
 // Block b: the head comes first, so that the query heads of one kv head run side by side and share
 // its keys in the L2 cache; then the sequence; then the tile of queries, the last, which sees the
 // most keys under a causal mask, before the others.
 template <class T, int kCols>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kPrefillThreads, 2)
     prefill_sm80_kernel(const __grid_constant__ AttentionParams p) {
   using Shared = PrefillShared<T, kCols>;
   using KeyTile = typename Shared::KeyTile;
@@ -106,10 +109,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int head = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.num_heads));
   const unsigned sequence_and_tile = blockIdx.x / static_cast<unsigned>(p.num_heads);
   const int index = static_cast<int>(sequence_and_tile % static_cast<unsigned>(p.batch));
-  const int num_tiles = (p.seqlen_q + kTileQueries - 1) / kTileQueries;
+  const int num_tiles = (p.seqlen_q + kPrefillTileQueries - 1) / kPrefillTileQueries;
   const int first_query =
       (num_tiles - 1 - static_cast<int>(sequence_and_tile / static_cast<unsigned>(p.batch))) *
-      kTileQueries;
+      kPrefillTileQueries;
 
   ptx::griddep_wait();
   const Sequence sequence(p, index);
@@ -124,25 +127,27 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto v_tile = [&](int tile) {
     return KeyTile(shared.v + tile % Shared::kValueTiles * KeyTile::kElements);
   };
-  const int first_row = tid / ptx::kWarpSize * kWarpQueries;
+  const int first_row = tid / ptx::kWarpSize * kPrefillWarpQueries;
   const WarpTiles& warp = shared.warps[tid / ptx::kWarpSize];
   BlockState& block = *shared.block;
 
   const auto seen_by = [&](int row) {
     return sequence.visible(first_query + (row < num_queries ? row : num_queries - 1));
   };
-  shared.seen[tid] = seen_by(tid);
   if (tid % ptx::kWarpSize == 0) {
     const KeyRange first = seen_by(first_row);
-    const KeyRange last = seen_by(first_row + kWarpQueries - 1);
+    const KeyRange last = seen_by(first_row + kPrefillWarpQueries - 1);
     shared.warps[tid / ptx::kWarpSize] = {
         first_row < num_queries ? tiles_of_any(first, last) : TileRange{},
         tiles_of_all(first, last)};
   }
   if (tid == 0) {
     const KeyRange first = seen_by(0);
-    const KeyRange last = seen_by(kTileQueries - 1);
-    block = {.active = tiles_of_any(first, last),
+    const KeyRange last = seen_by(kPrefillTileQueries - 1);
+    block = {.existing = sequence.keys(),
+             .seen = {first.begin, last.end},
+             .position = int64_t{sequence.keys().end} - sequence.seqlen_q() + first_query,
+             .active = tiles_of_any(first, last),
              .whole = tiles_of_all(first, last),
              .index = index,
              .kv_head = head / p.gqa_group_size,
@@ -155,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   WarpQueries<T, kCols> queries(q_tile, first_row);
   if (block.active.begin < block.active.end) {
-    q_tile.template load<kThreads>(
+    q_tile.template load<kPrefillThreads>(
         static_cast<const T*>(p.q) + sequence.query_offset(p.q_strides, first_query, head),
         p.q_strides.row, 0, num_queries, p.head_dim, p.wide, tid);
 
@@ -163,20 +168,19 @@ __global__ void __launch_bounds__(kThreads, 2)
     // that of the next.
     const auto load_keys = [&](const void* base, const AttentionStrides& strides, const T*& own,
                                const KeyTile& to, int tile) {
-      const int64_t own_offset = KeyTile::template own_offset<kThreads>(strides.row, tid);
-      const int start = tile * kTileKeys;
+      const int64_t own_offset = KeyTile::template own_offset<kPrefillThreads>(strides.row, tid);
+      const int start = tile * kPrefillTileKeys;
       if (p.block_table != nullptr || p.ring || tile == block.active.begin) {
         own = static_cast<const T*>(base) +
               Sequence(p, block.index).key_offset(strides, start, block.kv_head) + own_offset;
       }
       if (p.wide && tile > block.active.begin && tile + 1 < block.active.end) {
-        to.template load_whole<kThreads>(own, strides.row, p.head_dim, tid);
+        to.template load_whole<kPrefillThreads>(own, strides.row, p.head_dim, tid);
       } else {
-        to.template load<kThreads>(own - own_offset, strides.row, shared.seen[0].begin - start,
-                                   shared.seen[kTileQueries - 1].end - start, p.head_dim, p.wide,
-                                   tid);
+        to.template load<kPrefillThreads>(own - own_offset, strides.row, block.seen.begin - start,
+                                          block.seen.end - start, p.head_dim, p.wide, tid);
       }
-      own += kTileKeys * strides.row;
+      own += kPrefillTileKeys * strides.row;
       ptx::cp_async_commit();
     };
     const T* k_own = nullptr;
@@ -187,7 +191,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     // zeros. Where every row sees every key there is nothing to look for. Before the barrier that
     // completes the tile.
     const auto look_for_non_finite = [&](int tile) {
-      if (!block.whole.contains(tile) && v_tile(tile).template has_non_finite<kThreads>(tid)) {
+      if (!block.whole.contains(tile) &&
+          v_tile(tile).template has_non_finite<kPrefillThreads>(tid)) {
         ptx::atomic_exch(&block.non_finite[tile % 2], tile);
       }
     };
@@ -205,8 +210,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       const bool active = warp.active.contains(tile);
 
       const auto row_sees = [&](int r) {
-        const KeyRange range = shared.seen[queries.row(r)];
-        return KeyRange{range.begin - tile * kTileKeys, range.end - tile * kTileKeys};
+        const KeyRange range =
+            visible_keys(block.existing, p.window, block.position + queries.row(r));
+        return KeyRange{range.begin - tile * kPrefillTileKeys, range.end - tile * kPrefillTileKeys};
       };
 
       if constexpr (!kValuesAhead) load_v(tile);
@@ -229,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (!block.whole.contains(tile) && block.non_finite[tile % 2] == tile) {
         if constexpr (kValuesAhead) ptx::sync_threads();
         // All warps are done with this tile of k.
-        v_tile(tile).template split_non_finite<kThreads>(k_tile(tile), tid);
+        v_tile(tile).template split_non_finite<kPrefillThreads>(k_tile(tile), tid);
         ptx::sync_threads();
         if (active) queries.add_non_finite(k_tile(tile), row_sees, p.scale_log2);
       }
@@ -242,15 +248,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
 
-  bool sees_nothing[kThreadRows];
-#pragma unroll
-  for (int r = 0; r < kThreadRows; ++r) sees_nothing[r] = shared.seen[queries.row(r)].empty();
-  float lse[kThreadRows];
+  float lse[kPrefillThreadRows];
   // A warp reads its own rows of the queries only, so it may overwrite them by itself.
-  queries.finish(q_tile, sees_nothing, p.scale_log2, lse);
+  queries.finish(q_tile, p.scale_log2, lse);
   if (p.lse != nullptr && tid % 4 == 0) {
 #pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
+    for (int r = 0; r < kPrefillThreadRows; ++r) {
       const int row = queries.row(r);
       if (row < block.num_queries) p.lse[block.lse + row * p.lse_strides.row] = lse[r];
     }
@@ -259,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   T* const out = static_cast<T*>(p.out) + block.out;
   constexpr int kChunks = KeyTile::kChunks;
 #pragma unroll 4
-  for (int i = tid % ptx::kWarpSize; i < kWarpQueries * kChunks; i += ptx::kWarpSize) {
+  for (int i = tid % ptx::kWarpSize; i < kPrefillWarpQueries * kChunks; i += ptx::kWarpSize) {
     const int row = first_row + i / kChunks;
     const int column = i % kChunks * kChunkElements;
     if (row >= block.num_queries || column >= p.head_dim) continue;
@@ -277,10 +280,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class T, int kCols>
 void launch_prefill_tile(const AttentionParams& params, Stream stream) {
-  const int64_t tiles = (params.seqlen_q + kTileQueries - 1) / kTileQueries;
+  const int64_t tiles = (params.seqlen_q + kPrefillTileQueries - 1) / kPrefillTileQueries;
   const LaunchConfig config{
       .grid = dim3(grid_size(tiles * params.batch * params.num_heads)),
-      .block = dim3(kThreads),
+      .block = dim3(kPrefillThreads),
       .smem_bytes = shared_bytes<PrefillShared<T, kCols>>(),
       .stream = stream,
       .pdl = true,

@@ -12,38 +12,39 @@
 
 namespace exafuse {
 
-inline constexpr int kWarps = 4;
-inline constexpr int kThreads = kWarps * ptx::kWarpSize;
-inline constexpr int kWarpQueries = 32;
-inline constexpr int kTileQueries = kWarps * kWarpQueries;
-inline constexpr int kTileKeys = 64;
-inline constexpr int kMmaRows = kWarpQueries / 16;  // blocks of 16 queries in a warp
-inline constexpr int kThreadRows = 2 * kMmaRows;    // rows of an accumulator that a thread holds
+inline constexpr int kPrefillWarps = 4;
+inline constexpr int kPrefillThreads = kPrefillWarps * ptx::kWarpSize;
+inline constexpr int kPrefillWarpQueries = 32;
+inline constexpr int kPrefillTileQueries = kPrefillWarps * kPrefillWarpQueries;
+inline constexpr int kPrefillTileKeys = 64;
+inline constexpr int kPrefillMmaRows = kPrefillWarpQueries / 16;  // blocks of 16 queries in a warp
+inline constexpr int kPrefillThreadRows =
+    2 * kPrefillMmaRows;  // rows of an accumulator that a thread holds
 
 // The queries of one warp: scores, running softmax and output of the rows that this thread holds.
 // Row r of a thread is row 16 * (r / 2) + 8 * (r % 2) + lane / 4 of the warp's 32.
 template <class T, int kCols>
 class WarpQueries {
  public:
-  using QueryTile = SharedTile<T, kTileQueries, kCols>;
-  using KeyTile = SharedTile<T, kTileKeys, kCols>;
+  using QueryTile = SharedTile<T, kPrefillTileQueries, kCols>;
+  using KeyTile = SharedTile<T, kPrefillTileKeys, kCols>;
 
   // With 128 columns the output takes 128 registers and the scores 64: there q is read from shared
   // memory again for every tile of keys.
   static constexpr bool kKeepsQueries = kCols < 96;
-  static constexpr int kDepth = kCols / 16;         // mma steps of q k^T
-  static constexpr int kKeyBlocks = kTileKeys / 8;  // accumulators of a row of scores
-  static constexpr int kColBlocks = kCols / 8;      // accumulators of a row of the output
+  static constexpr int kDepth = kCols / 16;                // mma steps of q k^T
+  static constexpr int kKeyBlocks = kPrefillTileKeys / 8;  // accumulators of a row of scores
+  static constexpr int kColBlocks = kCols / 8;             // accumulators of a row of the output
 
   __device__ __forceinline__ WarpQueries(const QueryTile& q, int first_row)
       : q_(q), first_row_(first_row) {
 #pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
+    for (int r = 0; r < kPrefillThreadRows; ++r) {
       max_[r] = kMasked;
       sum_[r] = 0;
     }
 #pragma unroll
-    for (int m = 0; m < kMmaRows; ++m) {
+    for (int m = 0; m < kPrefillMmaRows; ++m) {
 #pragma unroll
       for (int n = 0; n < kColBlocks; ++n) {
 #pragma unroll
@@ -68,7 +69,7 @@ class WarpQueries {
   // scores = q k^T, not scaled.
   __device__ __forceinline__ void multiply_keys(const KeyTile& keys) {
 #pragma unroll
-    for (int m = 0; m < kMmaRows; ++m) {
+    for (int m = 0; m < kPrefillMmaRows; ++m) {
 #pragma unroll
       for (int n = 0; n < kKeyBlocks; ++n) {
 #pragma unroll
@@ -77,7 +78,7 @@ class WarpQueries {
     }
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
-      uint32_t read[kMmaRows][4];
+      uint32_t read[kPrefillMmaRows][4];
       if constexpr (!kKeepsQueries) load_queries(read, k);
       const auto& a = kKeepsQueries ? kept_[k] : read;
 #pragma unroll
@@ -85,7 +86,7 @@ class WarpQueries {
         uint32_t b[2][2];
         keys.load_b(b[0], b[1], 8 * n, 2 * k);
 #pragma unroll
-        for (int m = 0; m < kMmaRows; ++m) {
+        for (int m = 0; m < kPrefillMmaRows; ++m) {
           ptx::mma_m16n8k16<T>(scores_[m][n], a[m], b[0], scores_[m][n]);
           ptx::mma_m16n8k16<T>(scores_[m][n + 1], a[m], b[1], scores_[m][n + 1]);
         }
@@ -99,7 +100,7 @@ class WarpQueries {
   __device__ __forceinline__ void mask(RowSees row_sees) {
     const int own_keys = 2 * (lane() % 4);
 #pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
+    for (int r = 0; r < kPrefillThreadRows; ++r) {
       const KeyRange range = row_sees(r);
       const KeyRange seen{range.begin - own_keys, range.end - own_keys};
 #pragma unroll
@@ -115,10 +116,10 @@ class WarpQueries {
 
   // Takes note of the largest scores and rescales what was summed so far.
   __device__ __forceinline__ void raise_maxima(float scale_log2) {
-    float rescale[kThreadRows];
+    float rescale[kPrefillThreadRows];
     bool raised = false;
 #pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
+    for (int r = 0; r < kPrefillThreadRows; ++r) {
       float largest = kMasked;
 #pragma unroll
       for (int n = 0; n < kKeyBlocks; ++n) {
@@ -135,7 +136,7 @@ class WarpQueries {
     // A factor of 1 changes nothing: a warp without another one may leave the products out.
     if (!ptx::any(raised)) return;
 #pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
+    for (int r = 0; r < kPrefillThreadRows; ++r) {
       sum_[r] *= rescale[r];
 #pragma unroll
       for (int n = 0; n < kColBlocks; ++n) {
@@ -148,14 +149,14 @@ class WarpQueries {
   // out += exp(scores) v, 16 keys after the other: the exponentials of the next are computed while
   // the tensor cores work on the last.
   __device__ __forceinline__ void multiply_values(const KeyTile& values, float scale_log2) {
-    float base[kThreadRows];
+    float base[kPrefillThreadRows];
 #pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) base[r] = softmax_base(max_[r], scale_log2);
+    for (int r = 0; r < kPrefillThreadRows; ++r) base[r] = softmax_base(max_[r], scale_log2);
 #pragma unroll
-    for (int k = 0; k < kTileKeys / 16; ++k) {
-      uint32_t probs[kMmaRows][4];
+    for (int k = 0; k < kPrefillTileKeys / 16; ++k) {
+      uint32_t probs[kPrefillMmaRows][4];
 #pragma unroll
-      for (int m = 0; m < kMmaRows; ++m) {
+      for (int m = 0; m < kPrefillMmaRows; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {  // keys 16k to 16k + 7, then the next eight
           const float (&score)[4] = scores_[m][2 * k + half];
@@ -175,7 +176,7 @@ class WarpQueries {
         uint32_t b[2][2];
         values.load_b_trans(b[0], b[1], 16 * k, n);
 #pragma unroll
-        for (int m = 0; m < kMmaRows; ++m) {
+        for (int m = 0; m < kPrefillMmaRows; ++m) {
           ptx::mma_m16n8k16<T>(out_[m][n], probs[m], b[0], out_[m][n]);
           ptx::mma_m16n8k16<T>(out_[m][n + 1], probs[m], b[1], out_[m][n + 1]);
         }
@@ -189,9 +190,9 @@ class WarpQueries {
   __device__ __forceinline__ void add_non_finite(const KeyTile& rest, RowSees row_sees,
                                                  float scale_log2) {
 #pragma unroll
-    for (int m = 0; m < kMmaRows; ++m) {
+    for (int m = 0; m < kPrefillMmaRows; ++m) {
       // Keys whose weight is rounded to zero, one bit each: zero times infinity is NaN.
-      uint32_t weightless[2][kTileKeys / 32] = {};
+      uint32_t weightless[2][kPrefillTileKeys / 32] = {};
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float base = softmax_base(max_[2 * m + h], scale_log2);
@@ -213,7 +214,7 @@ class WarpQueries {
       }
       const KeyRange seen[2] = {row_sees(2 * m), row_sees(2 * m + 1)};
 #pragma unroll 1
-      for (int at = 0; at < kTileKeys; ++at) {
+      for (int at = 0; at < kPrefillTileKeys; ++at) {
 #pragma unroll
         for (int n = 0; n < kColBlocks; ++n) {
           const auto two = rest.load_two(at, n);
@@ -231,22 +232,20 @@ class WarpQueries {
   }
 
   // Divides the output by the sums, puts it into the warp's rows of `to`, rounded, and returns the
-  // logarithm of each row's sum. `sees_nothing[r]` tells rows without a key from rows whose scores
-  // are all -inf, which are NaN.
-  __device__ __forceinline__ void finish(const QueryTile& to,
-                                         const bool (&sees_nothing)[kThreadRows], float scale_log2,
-                                         float (&lse)[kThreadRows]) {
-    float inverse[kThreadRows];
+  // logarithm of each row's sum. A sum of zero gives zeros.
+  __device__ __forceinline__ void finish(const QueryTile& to, float scale_log2,
+                                         float (&lse)[kPrefillThreadRows]) {
+    float inverse[kPrefillThreadRows];
 #pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
+    for (int r = 0; r < kPrefillThreadRows; ++r) {
       float sum = sum_[r];
       sum += ptx::shfl_xor(sum, 1);
       sum += ptx::shfl_xor(sum, 2);
-      inverse[r] = sees_nothing[r] ? 0.0f : ptx::rcp(sum);
-      lse[r] = sees_nothing[r] ? kMasked : softmax_lse(max_[r], sum, scale_log2);
+      inverse[r] = sum == 0 ? 0.0f : ptx::rcp(sum);
+      lse[r] = softmax_lse(max_[r], sum, scale_log2);
     }
 #pragma unroll
-    for (int m = 0; m < kMmaRows; ++m) {
+    for (int m = 0; m < kPrefillMmaRows; ++m) {
 #pragma unroll
       for (int n = 0; n < kColBlocks; ++n) {
         // Adding zero makes one zero of the two.
@@ -264,18 +263,18 @@ class WarpQueries {
     return static_cast<int>(threadIdx.x) % ptx::kWarpSize;
   }
 
-  __device__ __forceinline__ void load_queries(uint32_t (&a)[kMmaRows][4], int k) const {
+  __device__ __forceinline__ void load_queries(uint32_t (&a)[kPrefillMmaRows][4], int k) const {
 #pragma unroll
-    for (int m = 0; m < kMmaRows; ++m) q_.load_a(a[m], first_row_ + 16 * m, 2 * k);
+    for (int m = 0; m < kPrefillMmaRows; ++m) q_.load_a(a[m], first_row_ + 16 * m, 2 * k);
   }
 
   QueryTile q_;
   int first_row_;
-  uint32_t kept_[kKeepsQueries ? kDepth : 1][kMmaRows][4];
-  float scores_[kMmaRows][kKeyBlocks][4];
-  float out_[kMmaRows][kColBlocks][4];
-  float max_[kThreadRows];  // of the scores, not scaled
-  float sum_[kThreadRows];  // of this thread's columns
+  uint32_t kept_[kKeepsQueries ? kDepth : 1][kPrefillMmaRows][4];
+  float scores_[kPrefillMmaRows][kKeyBlocks][4];
+  float out_[kPrefillMmaRows][kColBlocks][4];
+  float max_[kPrefillThreadRows];  // of the scores, not scaled
+  float sum_[kPrefillThreadRows];  // of this thread's columns
 };
 
 }  // namespace exafuse
