@@ -225,8 +225,8 @@ def attention(
     """``(out, lse, norm)`` of one sequence: q ``[Tq, H, D]``, k and v ``[Tk, Hkv, D]``, mask ``[Tq,
     Tk]``.
 
-    Query head h uses kv head h // (H / Hkv). A row that sees no key gives 0 and lse -inf. Keys
-    behind the mask never enter, whatever their bytes (NaN included). ``lse [H, Tq]``; ``norm [Tq,
+    Query head h uses kv head h // (H / Hkv). A row that sees no key, or none
+    with a score above -inf, gives 0 and lse -inf. Keys behind the mask never enter, whatever their bytes (NaN included). ``lse [H, Tq]``; ``norm [Tq,
     H, D]`` is sqrt(P^2 V^2 + out^2), the yardstick of the attention tolerance.
     """
     q64, k64, v64 = to_float64(q), to_float64(k), to_float64(v)
@@ -245,7 +245,9 @@ def attention(
             with np.errstate(invalid="ignore", over="ignore"):
                 scores = (k64[seen, kv_head] @ q64[row, head]) * scale
                 top = scores.max()
-                weights = np.exp(scores - top) if top > -np.inf else np.full(scores.shape, np.nan)
+                if top == -np.inf:
+                    continue  # as if it saw nothing
+                weights = np.exp(scores - top)
                 total = weights.sum()
                 p = weights / total
                 out[row, head] = p @ values

@@ -22,7 +22,7 @@ __all__ = ["emulated"]  # a fixture
 def test_auto_says_once_why_a_gpu_runs_plain_pytorch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(front_door, "cuda_problem", lambda: "the driver is too old")
+    monkeypatch.setattr(front_door, "extension_problem", lambda: "the driver is too old")
     door = FrontDoor("auto")
     door._takes_cpu = True  # as if this tensor were on a GPU
     with caplog.at_level(logging.WARNING, logger="exafuse"):
@@ -34,7 +34,7 @@ def test_auto_says_once_why_a_gpu_runs_plain_pytorch(
 
 
 def test_cuda_on_demand_is_an_error_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(front_door, "cuda_problem", lambda: "the driver is too old")
+    monkeypatch.setattr(front_door, "extension_problem", lambda: "the driver is too old")
     door = FrontDoor("cuda")
     door._takes_cpu = True
     with pytest.raises(BackendError, match="backend 'cuda' cannot run here: the driver is too old"):
@@ -78,10 +78,28 @@ def test_old_gpus_and_missing_gpus_are_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "this torch sees no GPU" in front_door.cuda_problem()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    capabilities = {None: (7, 5), 0: (9, 0), 1: (7, 5)}  # of the current GPU, and of two
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.get)
     assert "compute capability 7.5, the kernels need 8.0" in front_door.cuda_problem()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert front_door.cuda_problem() == ""
+    assert front_door.gpu_problem(0) == ""
+
+
+def test_each_gpu_is_asked_for_itself_and_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+    monkeypatch.setattr(front_door, "extension_problem", lambda: "")
+    monkeypatch.setattr(front_door, "gpu_problem", lambda i: asked.append(i) or "too old" * i)
+    auto, cuda = FrontDoor("auto"), FrontDoor("cuda")
+    with caplog.at_level(logging.WARNING, logger="exafuse"):
+        assert [auto._gpu_fits(index) for index in (0, 1, 0, 1)] == [True, False, True, False]
+    assert asked == [0, 1]
+    assert [r.message for r in caplog.records] == [
+        "exafuse runs in plain PyTorch on cuda:1: too old"
+    ]
+    with pytest.raises(BackendError, match="backend 'cuda' cannot run here: too old"):
+        cuda._gpu_fits(1)
+    assert auto.path_for(torch.device("cuda", 1)) == ("reference", "too old")
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -154,9 +172,10 @@ def test_path_for_a_device(emulated: Backend, monkeypatch: pytest.MonkeyPatch) -
     assert FrontDoor("reference").path_for(cuda)[0] == "reference"
     assert FrontDoor("auto").path_for(cpu) == ("reference", "cpu tensors have no kernels")
     assert FrontDoor("auto").path_for(other)[0] == "reference"
-    monkeypatch.setattr(front_door, "cuda_problem", lambda: "")
+    monkeypatch.setattr(front_door, "extension_problem", lambda: "")
+    monkeypatch.setattr(front_door, "gpu_problem", lambda index: "")
     assert FrontDoor("auto").path_for(cuda) == ("cuda", "CUDA kernel")
-    monkeypatch.setattr(front_door, "cuda_problem", lambda: "no driver")
+    monkeypatch.setattr(front_door, "extension_problem", lambda: "no driver")
     assert FrontDoor("cuda").path_for(cuda) == ("reference", "no driver")
     if ops.path == "auto":
         assert ops.path_for(cpu) == "reference"

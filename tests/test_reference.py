@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exafuse import reference
-from exafuse.reference._check import full_fp32
+from exafuse.reference import backward
 from exafuse.reference.qk_norm_rope import _redirected, write_cache
 from torch import Tensor
 
@@ -282,20 +284,77 @@ def test_cache_writes_need_no_look_at_the_slots() -> None:
             assert torch.equal(cache.nan_to_num(9e9), wanted.nan_to_num(9e9))
 
 
-def test_products_in_fp32_are_not_rounded_to_tf32() -> None:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "tf32"
-        with full_fp32(torch.device("cuda")):
-            assert matmul.fp32_precision == "ieee"
-        with full_fp32(torch.device("cpu")):
-            assert matmul.fp32_precision == "tf32"
-        with pytest.raises(KeyError), full_fp32(torch.device("cuda")):
-            raise KeyError
-        assert matmul.fp32_precision == "tf32"
-    finally:
-        matmul.fp32_precision = before
+TF32_SETTINGS = {
+    "none": "pass",
+    "legacy": 'torch.set_float32_matmul_precision("high")',
+    "legacy bf16": 'torch.set_float32_matmul_precision("medium")',
+    "legacy flag": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "new": 'torch.backends.cuda.matmul.fp32_precision = "tf32"',
+    "new for all": 'torch.backends.fp32_precision = "tf32"',
+}
+
+
+@pytest.mark.parametrize("setting", TF32_SETTINGS)
+def test_products_in_fp32_are_exact_and_settings_come_back(setting: str) -> None:
+    """By either way in which torch lets a process choose; the two must not be mixed."""
+    code = f"""
+import torch
+from exafuse.reference._check import full_fp32
+def read():
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    values = [cuda.fp32_precision, cpu.fp32_precision]
+    for legacy in (torch.get_float32_matmul_precision, lambda: cuda.allow_tf32):
+        try:
+            values.append(legacy())
+        except RuntimeError:
+            values.append("refused")
+    return values
+{TF32_SETTINGS[setting]}
+before = read()
+try:
+    with full_fp32(torch.device("cuda")):
+        inside = read()
+        raise KeyError
+except KeyError:
+    pass
+assert "tf32" not in inside[:2] and "bf16" not in inside[:2] and inside[3] is False, inside
+assert read() == before, (before, read())
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_autocast_changes_no_bit() -> None:
+    q, k = torch.randn(1, 20, 4, 16), torch.randn(1, 30, 2, 16)
+    x, w, qkv = torch.randn(5, 64), torch.randn(64), torch.randn(6, 4 * 16)
+    table = torch.randn(6, 8), torch.randn(6, 8), torch.arange(6, dtype=torch.int32)
+    starts = torch.tensor([0, 2, 6], dtype=torch.int32)
+
+    def run() -> list[Tensor]:
+        leaf = q.clone().requires_grad_()
+        out, lse, _ = reference.flash_attn_func(leaf, k, k, causal=True, return_attn_probs=True)
+        grads = backward.attention(q, q, k, k, out.detach(), lse.detach(), 0.25, (-1, 0))
+        return [
+            *(out.detach(), lse.detach(), *grads),
+            reference.flash_attn_func(q, k, k),
+            reference.flash_attn_with_kvcache(q, k, k, cache_seqlens=21),
+            reference.vision_attn(qkv, 2, 1, *table[:2], starts, 4),
+            reference.rms_norm(x, w, 1e-5),
+            reference.rms_norm_add(x, x, w, 1e-5),
+            reference.silu_and_mul(x),
+            *reference.add_rms_norm(x, x, w, 1e-5),
+            *reference.qk_norm_rope(qkv, 2, 1, w[:16], w[:16], *table, 1e-5),
+        ]
+
+    plain = run()
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            inside = run()
+        for number, (ours, theirs) in enumerate(zip(inside, plain, strict=True)):
+            assert ours.dtype == theirs.dtype, number
+            assert torch.equal(ours, theirs), number
 
 
 def test_silu_and_mul_forms_agree() -> None:

@@ -92,6 +92,7 @@ class AttentionOps(FrontDoor):
             raise
         except (ValueError, TypeError):  # names a cache that the caller knows nothing of
             kernels.flash_attn_func(q, k, v, scale, left, right, out, lse)
+            raise
 
     @documented_by(reference.flash_attn_varlen_func)
     def flash_attn_varlen_func(

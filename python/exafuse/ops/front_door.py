@@ -89,6 +89,7 @@ class FrontDoor:
         self._extension: Any = None  # loaded at the first call that can use it
         self._gave_up = backend == "reference"
         self._said: set[str] = set()
+        self._gpus: dict[int, bool] = {}  # by index: whether the kernels run there
 
     def kernels(self, first: Tensor, *others: Tensor | None) -> Any:
         """The extension that takes a call on these tensors directly, or None.
@@ -104,7 +105,10 @@ class FrontDoor:
             for tensor in (first, *others):
                 if tensor is not None and getattr(tensor, "requires_grad", False):
                     return None
-        return self._extension or self._load()
+        extension = self._extension or self._load()
+        if extension is None or self._takes_cpu or self._gpu_fits(first.get_device()):
+            return extension
+        return None
 
     def beyond(self, first: Tensor, definition: Callable[P, R]) -> Callable[P, R]:
         """The function that takes a call which the extension does not take directly.
@@ -116,6 +120,8 @@ class FrontDoor:
         if self._gave_up or not isinstance(first, Tensor):
             return definition
         if not (self._takes_cpu or first.is_cuda) or first.is_meta:
+            return definition
+        if first.is_cuda and not self._gpus.get(first.get_device(), True):
             return definition
         from exafuse.ops import registered
 
@@ -145,12 +151,24 @@ class FrontDoor:
             return ("reference", problem) if problem else ("emulated", "kernels run on the CPU")
         if device.type != "cuda":
             return "reference", f"{device.type} tensors have no kernels"
-        problem = cuda_problem()
+        problem = extension_problem() or gpu_problem(device.index)
         return ("reference", problem) if problem else ("cuda", "CUDA kernel")
+
+    def _gpu_fits(self, index: int) -> bool:
+        """Whether the kernels run on this GPU, asked once; an error if not, unless ``auto``."""
+        fits = self._gpus.get(index)
+        if fits is None:
+            problem = gpu_problem(index)
+            if problem and self.path != "auto":
+                raise BackendError(f"backend {self.path!r} cannot run here: {problem}")
+            fits = self._gpus[index] = not problem
+            if problem:
+                self.say_once(f"exafuse runs in plain PyTorch on cuda:{index}: {problem}")
+        return fits
 
     def _load(self) -> Any:
         """The extension, or None after saying why there is none (an error unless ``auto``)."""
-        problem = emulator_problem() if self.path == "emulated" else cuda_problem()
+        problem = emulator_problem() if self.path == "emulated" else extension_problem()
         if problem:
             if self.path != "auto":
                 raise BackendError(f"backend {self.path!r} cannot run here: {problem}")
@@ -209,7 +227,12 @@ def emulator_problem() -> str:
 
 
 def cuda_problem() -> str:
-    """Why the CUDA kernels cannot run in this process, or an empty string."""
+    """Why the CUDA kernels cannot run on the current GPU, or an empty string."""
+    return extension_problem() or gpu_problem()
+
+
+def extension_problem() -> str:
+    """Why the CUDA kernels cannot run in this process on any GPU, or an empty string."""
     try:
         extension = load_cuda()
     except ImportError as error:
@@ -223,7 +246,12 @@ def cuda_problem() -> str:
         return problem
     if not torch.cuda.is_available():
         return "this torch sees no GPU (torch.cuda.is_available() is False)"
-    capability = torch.cuda.get_device_capability()
+    return ""
+
+
+def gpu_problem(index: int | None = None) -> str:
+    """Why the CUDA kernels cannot run on this GPU (the current one), or an empty string."""
+    capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST_GPU:
         return (
             f"the GPU has compute capability {capability[0]}.{capability[1]}, "

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,17 +126,45 @@ def refuse(**unsupported: object) -> None:
 
 @contextmanager
 def full_fp32(device: torch.device) -> Iterator[None]:
-    """Inside, fp32 products on a GPU are not rounded to TF32, whatever the process has chosen."""
-    matmul = torch.backends.cuda.matmul
-    if device.type != "cuda" or matmul.fp32_precision == "ieee":
+    """Inside, products of fp32 tensors are fp32: no autocast, no TF32 or bf16 inside a product,
+    whatever the process has chosen."""
+    kind = device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False), _exact_products():
+            yield
+    else:
+        with _exact_products():
+            yield
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    if torch.compiler.is_compiling():  # the settings when compiled code runs are what counts
         yield
         return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
+    try:
+        legacy: str | None = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer settings are in use, and mixing the two is an error
+        legacy = None
+    if legacy == "highest":
+        yield
+        return
+    backends: Any = torch.backends
+    settings = [backends.cuda.matmul, backends.mkldnn.matmul]
+    before = [setting.fp32_precision for setting in settings]
+    if legacy is None:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+    else:
+        torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+        for setting, precision in zip(settings, before, strict=True):
+            if setting.fp32_precision != precision:
+                setting.fp32_precision = precision
 
 
 def check_heads(num_heads: int, num_kv_heads: int) -> int:

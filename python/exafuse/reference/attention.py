@@ -236,8 +236,10 @@ def flash_attn_varlen_func(
         q: ``[total_q, num_heads, head_dim]``.
         k, v: ``[total_k, num_kv_heads, head_dim]``.
         cu_seqlens_q, cu_seqlens_k: int32 ``[batch + 1]``, where each sequence starts; the last
-            entry is the total. Sequence b of q attends to sequence b of k only.
-        max_seqlen_q, max_seqlen_k: at least the longest of each.
+            entry is the total. Sequence b of q attends to sequence b of k only. Kernels do not
+            wait for these numbers: rows of q behind the last of them are not written.
+        max_seqlen_q, max_seqlen_k: at least the longest of each; kernels do not write the queries
+            of a sequence beyond it.
         block_table: paged keys belong to :func:`flash_attn_with_kvcache`; a ValueError here.
         others: as in :func:`flash_attn_func`.
 

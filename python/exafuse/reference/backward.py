@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from exafuse.reference._check import full_fp32
 from exafuse.reference.attention import QUERY_BLOCK, visible_keys
 from exafuse.reference.qk_norm_rope import rotate_fp32
 
@@ -76,6 +77,20 @@ def attention(
         k, v: ``[batch, seqlen_k, num_kv_heads, head_dim]``.
         lse: fp32 ``[batch, num_heads, seqlen_q]``; -inf for a row that saw nothing.
     """
+    with full_fp32(q.device):
+        return _attention(grad, q, k, v, out, lse, softmax_scale, window_size)
+
+
+def _attention(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    window_size: tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, seqlen_q, num_heads, head_dim = q.shape
     seqlen_k, num_kv_heads = k.shape[1], k.shape[2]
     group = num_heads // num_kv_heads

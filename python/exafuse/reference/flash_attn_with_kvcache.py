@@ -138,7 +138,7 @@ def flash_attn_with_kvcache(
         num_splits: accepted; results never depend on it.
         return_softmax_lse: also return the log-sum-exp.
         cu_seqlens_q, max_seqlen_q: offsets int32 ``[batch + 1]`` of packed queries, and at least
-            the longest of them; both or neither.
+            the longest of them; both or neither. Kernels do not write rows beyond either.
         ring: position p lives in slot ``p % slots`` and cache_seqlens keeps growing past slots,
             a multiple of 128 and at least the left window plus the longest run of queries.
         out, lse: optional result buffers, apart from the inputs.

@@ -43,7 +43,8 @@ def vision_attn(
         num_heads, num_kv_heads: query heads and key/value heads.
         cos, sin: fp32 ``[num_tokens, head_dim / 2]``, one row a token.
         cu_seqlens: int32 ``[segments + 1]``: windows or whole frames.
-        max_seqlen: at least the longest segment.
+        max_seqlen: at least the longest segment; kernels do not write rows beyond it, nor those
+            behind the last segment.
         softmax_scale: finite and > 0; default ``head_dim ** -0.5``.
         out: optional result buffer, apart from the inputs.
 
