@@ -101,6 +101,15 @@ def _lines(*command: str) -> Iterator[str]:
         raise RuntimeError(f"{' '.join(command)} failed with {process.returncode}")
 
 
+def cleaned(text: str) -> str:
+    """A demangled kernel as "kernel<arguments>"."""
+    text = text.replace("(anonymous namespace)::", "").replace("exafuse::", "")
+    text = text.replace("__nv_bfloat16", "bf16").replace("__half", "fp16")
+    text = re.sub(r"\(bool\)([01])", lambda m: ("false", "true")[int(m[1])], text)
+    text = re.sub(r"\([\w:]+\)(?=-?\d)", "", text)  # casts: of enumerators and numbers
+    return re.sub(r"\(.*", "", text).removeprefix("void ")  # parameters
+
+
 def readable(mangled: list[str]) -> dict[str, str]:
     """ "source: kernel<arguments>" for each mangled name; the source where the name tells it."""
     if shutil.which("c++filt") is None:
@@ -110,16 +119,11 @@ def readable(mangled: list[str]) -> dict[str, str]:
     )
     names = {}
     for symbol, text in zip(mangled, done.stdout.splitlines(), strict=True):
-        text = text.replace("(anonymous namespace)::", "").replace("exafuse::", "")
-        text = text.replace("__nv_bfloat16", "bf16").replace("__half", "fp16")
-        text = re.sub(r"\(bool\)([01])", lambda m: ("false", "true")[int(m[1])], text)
-        text = re.sub(r"\([\w:]+\)(?=-?\d)", "", text)  # casts: of enumerators and numbers
-        text = re.sub(r"\(.*", "", text).removeprefix("void ")  # parameters
         source = ""
         if match := _SOURCE.search(symbol):
             file = symbol[match.end() : match.end() + int(match[1])]
             source = f"{file.removesuffix('_cu')}: "
-        names[symbol] = source + text
+        names[symbol] = source + cleaned(text)
     return names
 
 
@@ -169,16 +173,23 @@ def table_of(kernels: Kernels) -> dict[str, dict[str, list[int]]]:
 
 def write_table(binary: Path) -> None:
     """Writes the table; architectures that this binary lacks keep what stands there."""
+    os.environ["EXAFUSE_BACKEND"] = "emulated"
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "python")]
+    from shared_memory import dynamic_shared_bytes
+
+    shared = {name: size for name, size in dynamic_shared_bytes().items() if size}
     rows = table_of(read(binary, disassemble=False))
     if TABLE.exists():
         for name, of_arch in json.loads(TABLE.read_text())["kernels"].items():
             if name in rows:
                 rows[name] = dict(sorted({**of_arch, **rows[name]}.items()))
+    dynamic = ",\n".join(f"    {json.dumps(name)}: {size}" for name, size in shared.items())
     lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
     TABLE.write_text(
         f'{{\n  "compiler": "{compiler_of(binary)}",\n'
         '  "columns": ["registers", "static shared bytes"],\n'
-        f'  "kernels": {{\n{lines}\n  }}\n}}\n'
+        f'  "kernels": {{\n{lines}\n  }},\n'
+        f'  "dynamic shared bytes": {{\n{dynamic}\n  }}\n}}\n'
     )
 
 

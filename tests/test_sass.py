@@ -12,7 +12,11 @@ from pathlib import Path
 import compiled_kernels
 import pytest
 from compiled_kernels import Kernels
+from kernel_backends import Backend, emulated
+from shared_memory import dynamic_shared_bytes
 from test_build import built_extension
+
+__all__ = ["emulated"]  # a fixture
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL_FOLDER = ROOT / "csrc" / "kernels"
@@ -109,6 +113,15 @@ def test_registers_and_shared_memory_are_those_on_record(extension: Path, kernel
         if recorded.get(name) != {a: n for a, n in found.get(name, {}).items() if a in archs}
     }
     assert changed == {}, "after a look at it: python tests/compiled_kernels.py --write"
+
+
+@pytest.mark.emulated
+def test_dynamic_shared_memory_is_that_on_record(emulated: Backend) -> None:
+    found = dynamic_shared_bytes()
+    record = json.loads(compiled_kernels.TABLE.read_text())
+    assert {name: size for name, size in found.items() if size} == record["dynamic shared bytes"]
+    # Each kernel on record was launched, and no other.
+    assert set(found) == {name.partition(": ")[2] for name in record["kernels"]}
 
 
 # ---- the gate itself -----------------------------------------------------------------------------

@@ -1,0 +1,91 @@
+"""Calls every kernel on the emulator and notes its dynamic shared memory.
+
+The host functions choose it, so the compiled kernels do not tell; it is part of the table that
+tests/compiled_kernels.py writes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from compiled_kernels import cleaned
+from emulator.control import Emulator
+from exafuse.ops import front_door
+from kernel_backends import emulator_library
+
+HALVES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 96, 128)  # one for each tile
+
+
+def _norms(kernels: Any, dtype: torch.dtype) -> None:
+    # Rows of odd and even places, of every number of vectors a thread, and of any length.
+    for hidden, odd in itertools.product((64, 1024, 2048, 4096, 8192, 16384, 65536), (0, 1)):
+        x = torch.ones(hidden + odd, dtype=dtype)[odd:][None]
+        weight, out = torch.ones(hidden, dtype=dtype), torch.empty(1, hidden, dtype=dtype)
+        kernels.rms_norm(x, weight, 1e-5, out)
+        kernels.rms_norm_add(x, x, weight, 1e-5, out)
+        kernels.add_rms_norm(x, x, weight, 1e-5, out, torch.empty(1, hidden, dtype=dtype))
+
+
+def _elementwise(kernels: Any, dtype: torch.dtype) -> None:
+    for odd in (0, 1):
+        x = torch.ones(3 * 64 + odd, dtype=dtype)[odd:].view(1, 192)
+        kernels.silu_and_mul(x[:, :64], x[:, 64:128], torch.empty(1, 64, dtype=dtype))
+        for head_dim in (8, 16, 64):
+            x = torch.ones(4 * head_dim + odd, dtype=dtype)[odd:].view(1, -1)
+            outputs = [torch.empty(1, n, head_dim, dtype=dtype) for n in (2, 1, 1)]
+            kernels.qk_norm_rope(x, None, None, 2, 1, None, None, None, None, None, 1e-5, *outputs)
+
+
+def _attention(kernels: Any, dtype: torch.dtype, head_dim: int) -> None:
+    # Columns for one, two and three tiles of decode, and more queries than it takes.
+    for seqlen_q, heads in ((1, 1), (9, 1), (8, 3), (20, 1)):
+        q = torch.ones(1, seqlen_q, heads, head_dim, dtype=dtype)
+        cache = torch.ones(1, 768, 1, head_dim, dtype=dtype)
+        size = kernels.flash_attn_with_kvcache_workspace(
+            seqlen_q, seqlen_q, heads, head_dim, 768, -1
+        )
+        workspace = torch.empty(size // 4) if size else None
+        lengths = torch.tensor([700], dtype=torch.int32)
+        for new in (None, cache[:, :1].clone(), torch.ones(head_dim + 1, dtype=dtype)[1:]):
+            new = new if new is None else new.view(1, 1, 1, head_dim)
+            kernels.flash_attn_with_kvcache(
+                *(q, cache, cache.clone(), new, new, lengths, None, None, None, 1.0, -1, 0),
+                *(None, seqlen_q, False, workspace, torch.empty_like(q), None),
+            )
+
+
+def _vision(kernels: Any, dtype: torch.dtype, head_dim: int) -> None:
+    for tokens, odd in itertools.product((8, 70), (0, 1)):
+        qkv = torch.ones(tokens * 3 * head_dim + odd, dtype=dtype)[odd:].view(tokens, -1)
+        angles = torch.ones(tokens, head_dim // 2)
+        size = kernels.vision_attn_workspace(tokens, 1, 1, head_dim, tokens)
+        kernels.vision_attn(
+            *(qkv, 1, 1, angles, angles, torch.tensor([0, tokens], dtype=torch.int32), tokens, 1.0),
+            *(torch.empty(size // 4) if size else None, torch.empty(tokens, 1, head_dim).to(dtype)),
+        )
+
+
+def dynamic_shared_bytes() -> dict[str, int]:
+    """The most that a launch of each kernel asks for, by "kernel<arguments>"."""
+    kernels: Any = front_door.load_emulated()
+    emulator = Emulator(emulator_library())
+    most: dict[str, int] = {}
+
+    def note(call: Callable[..., None], *arguments: Any) -> None:
+        emulator.clear_launches()
+        call(kernels, *arguments)
+        for launch in emulator.launches():
+            name = cleaned(launch.kernel)
+            most[name] = max(most.get(name, 0), launch.smem_bytes)
+
+    for dtype in (*HALVES, torch.float32):
+        note(_norms, dtype)
+        note(_elementwise, dtype)
+    for dtype, head_dim in itertools.product(HALVES, HEAD_DIMS):
+        note(_attention, dtype, head_dim)
+        note(_vision, dtype, head_dim)
+    return dict(sorted(most.items()))
