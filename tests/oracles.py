@@ -225,9 +225,10 @@ def attention(
     """``(out, lse, norm)`` of one sequence: q ``[Tq, H, D]``, k and v ``[Tk, Hkv, D]``, mask ``[Tq,
     Tk]``.
 
-    Query head h uses kv head h // (H / Hkv). A row that sees no key, or none
-    with a score above -inf, gives 0 and lse -inf. Keys behind the mask never enter, whatever their bytes (NaN included). ``lse [H, Tq]``; ``norm [Tq,
-    H, D]`` is sqrt(P^2 V^2 + out^2), the yardstick of the attention tolerance.
+    Query head h uses kv head h // (H / Hkv). A row that sees no key, or none with a score above
+    -inf, gives 0 and lse -inf. Keys behind the mask never enter, whatever their bytes (NaN
+    included). ``lse [H, Tq]``; ``norm [Tq, H, D]`` is sqrt(P^2 V^2 + out^2), the yardstick of the
+    attention tolerance.
     """
     q64, k64, v64 = to_float64(q), to_float64(k), to_float64(v)
     num_heads, num_kv_heads = q64.shape[1], k64.shape[1]
