@@ -246,12 +246,11 @@ def attention(
             with np.errstate(invalid="ignore", over="ignore"):
                 scores = (k64[seen, kv_head] @ q64[row, head]) * scale
                 top = scores.max()
-                if top == -np.inf:
-                    continue  # as if it saw nothing
-                weights = np.exp(scores - top)
+                # No score above -inf: every weight is 0, as if it saw nothing.
+                weights = np.zeros(seen.size) if top == -np.inf else np.exp(scores - top)
                 total = weights.sum()
-                p = weights / total
+                p = weights if top == -np.inf else weights / total
                 out[row, head] = p @ values
                 norm[row, head] = np.sqrt((p * p) @ (values * values) + out[row, head] ** 2)
-                lse[head, row] = top + np.log(total)
+                lse[head, row] = top if top == -np.inf else top + np.log(total)
     return out, lse, norm
