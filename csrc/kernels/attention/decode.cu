@@ -69,16 +69,16 @@ __global__ void __launch_bounds__(kDecodeThreads, kColumnTiles < 3 ? 3 : 2)
     reach.end = static_cast<int>(std::min<int64_t>(last_seen.end, begin + plan.size));
   }
   // Tile t of 16 keys, counted from position 0, belongs to warp t % kDecodeWarps.
-  const int tile_of_begin = reach.begin / kTileKeys;
+  const int tile_of_begin = reach.begin / kDecodeTileKeys;
   const int first_tile = tile_of_begin + ((warp_id - tile_of_begin) & (kDecodeWarps - 1));
-  const int last_tile = reach.empty() ? -1 : (reach.end - 1) / kTileKeys;
+  const int last_tile = reach.empty() ? -1 : (reach.end - 1) / kDecodeTileKeys;
   const int num_tiles = last_tile < first_tile ? 0 : (last_tile - first_tile) / kDecodeWarps + 1;
 
   T* const ring = shared.rings + warp_id * Shared::kRing;
   const auto tile_at = [&](int stage, int which) {
     return KeyTile(ring + (stage * 2 + which) * KeyTile::kElements);
   };
-  const auto position_of = [&](int i) { return (first_tile + i * kDecodeWarps) * kTileKeys; };
+  const auto position_of = [&](int i) { return (first_tile + i * kDecodeWarps) * kDecodeTileKeys; };
   // Starts the copy of the i-th tile of this warp; an empty group behind the last.
   const auto load_tile = [&](const T* source, const AttentionStrides& strides, int which, int i) {
     if (i < num_tiles) {
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kColumnTiles < 3 ? 3 : 2)
     }
     ptx::cp_async_commit();
   };
-  KeyCursor<T, kDecodeWarps * kTileKeys> cursor;
+  KeyCursor<T, kDecodeWarps * kDecodeTileKeys> cursor;
   if (num_tiles > 0) cursor.seek(call, sequence, work.kv_head, position_of(0));
 #pragma unroll 1
   for (int i = 0; i < kStages; ++i) {
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kColumnTiles < 3 ? 3 : 2)
   found.reset();
   for (int i = 0; i < num_tiles; ++i) {
     const int position = position_of(i);
-    const bool seen_by_all = position >= common.begin && common.end - position >= kTileKeys;
+    const bool seen_by_all = position >= common.begin && common.end - position >= kDecodeTileKeys;
 
     float scores[kColumnTiles][4] = {};
     ptx::cp_async_wait<2 * kStages - 1>();

@@ -16,7 +16,7 @@ namespace exafuse {
 
 inline constexpr int kDecodeWarps = 4;
 inline constexpr int kDecodeThreads = kDecodeWarps * ptx::kWarpSize;
-static_assert(kKeyTile % (kDecodeWarps * kTileKeys) == 0 && kSmallestSplit % kKeyTile == 0);
+static_assert(kKeyTile % (kDecodeWarps * kDecodeTileKeys) == 0 && kSmallestSplit % kKeyTile == 0);
 
 // A column of a block: what it sees, and where its result goes.
 struct Column {
@@ -29,15 +29,17 @@ struct Column {
 template <class T, int kCols, int kColumnTiles>
 struct DecodeShared {
   static constexpr int kColumns = kColumnTiles * 8;
-  // 64 KiB a block at most, so that three of them keep the memory pipes of an SM full.
+  // 64 KiB of copies in flight a block at most: three blocks fit an SM of an H100, two one of an
+  // A100, one any GPU since.
   static constexpr int kStages = kCols == 64 ? 4 : 2;
-  using KeyTile = SharedTile<T, kTileKeys, kCols>;
+  using KeyTile = SharedTile<T, kDecodeTileKeys, kCols>;
   static constexpr int kQueryRows = (kColumns + 15) / 16 * 16;  // fragments come in pairs
   using QueryTile = SharedTile<T, kQueryRows, kCols>;
   static constexpr int kRing = kStages * 2 * KeyTile::kElements;  // k and v of one warp
   static_assert(kRing * sizeof(T) >= kColumns * kCols * sizeof(float));
 
-  T* rings;    // [kDecodeWarps, kStages, 2, kTileKeys, kCols]; at the end, results [column, dim]
+  T* rings;    // [kDecodeWarps, kStages, 2, kDecodeTileKeys, kCols]; at the end, results [column,
+               // dim]
   T* queries;  // [columns, kCols]
   Column* columns;    // [kColumns]
   float* max_scores;  // [kDecodeWarps, kColumns]

@@ -12,12 +12,12 @@
 
 namespace exafuse {
 
-inline constexpr int kTileKeys = 16;  // of a warp at a time: the rows of an mma
+inline constexpr int kDecodeTileKeys = 16;  // of a warp at a time: the rows of an mma
 
 // Starts a warp's copy of a tile whose row 0 is at `source`. Rows before `begin` and from `end` on,
 // and columns from head_dim on, become zero and are not read.
 template <class T, int kCols>
-__device__ __forceinline__ void load_keys(const SharedTile<T, kTileKeys, kCols>& tile,
+__device__ __forceinline__ void load_keys(const SharedTile<T, kDecodeTileKeys, kCols>& tile,
                                           const T* source, int64_t row_stride, int begin, int end,
                                           int head_dim, bool wide) {
   constexpr unsigned kChunks = kCols / kChunkElements;
@@ -27,6 +27,8 @@ __device__ __forceinline__ void load_keys(const SharedTile<T, kTileKeys, kCols>&
   const unsigned first_row = lane_id / kRowLanes;
   const unsigned first_chunk = lane_id % kRowLanes;
   const unsigned last_chunk = static_cast<unsigned>(head_dim) / kChunkElements;
+  // The address of a chunk that is not read is that of one that may be.
+  const T* const first = source;
   source += first_row * row_stride + first_chunk * kChunkElements;
   const unsigned before = first_row - static_cast<unsigned>(begin);
   const unsigned count = end > begin ? static_cast<unsigned>(end - begin) : 0;
@@ -38,17 +40,18 @@ __device__ __forceinline__ void load_keys(const SharedTile<T, kTileKeys, kCols>&
   };
   if (wide) {
 #pragma unroll
-    for (unsigned r = 0; r < kTileKeys; r += kRows) {
+    for (unsigned r = 0; r < kDecodeTileKeys; r += kRows) {
 #pragma unroll
       for (unsigned c = 0; c < kChunks; c += kRowLanes) {
-        ptx::cp_async_16(ptx::smem_addr(chunk_at(r, c)), source + c * kChunkElements,
-                         is_valid(r, c));
+        const bool valid = is_valid(r, c);
+        ptx::cp_async_16(ptx::smem_addr(chunk_at(r, c)),
+                         valid ? source + c * kChunkElements : first, valid);
       }
       source += kRows * row_stride;
     }
   } else {
 #pragma unroll 1
-    for (unsigned r = 0; r < kTileKeys; r += kRows) {
+    for (unsigned r = 0; r < kDecodeTileKeys; r += kRows) {
 #pragma unroll 1
       for (unsigned c = 0; c < kChunks; c += kRowLanes) {
         auto vec = Vec<T, kChunkElements>::zero();
@@ -73,7 +76,7 @@ __device__ __forceinline__ bool any_non_finite(uint32_t pair) {
 // tile of eight, as the accumulators of mma do.
 template <class T, int kCols, int kColumnTiles>
 struct WarpColumns {
-  using Tile = SharedTile<T, kTileKeys, kCols>;
+  using Tile = SharedTile<T, kDecodeTileKeys, kCols>;
   static constexpr int kDimTiles = kCols / 16;
 
   float values[kDimTiles][kColumnTiles][4];  // transposed: [dim, column]
