@@ -130,6 +130,7 @@ def test_prefill_does_not_depend_on_the_batch(backend: Backend) -> None:
     backend.count(cases)
 
 
+@pytest.mark.slow
 def test_vision_segments_do_not_depend_on_each_other(backend: Backend) -> None:
     choose = random.Random("vision in company")
     cases = 0
@@ -178,7 +179,9 @@ def test_every_kind_of_cache_gives_the_same_bits(longest: int, backend: Backend)
     backend.count(5 * case_factor() * 8 * len(attention_caches.KINDS))
 
 
-@pytest.mark.parametrize("kind", ["contiguous", "ring", "paged"])
+@pytest.mark.parametrize(
+    "kind", ["contiguous", *(pytest.param(k, marks=pytest.mark.slow) for k in ("ring", "paged"))]
+)
 def test_chunks_of_a_prefill_give_the_same_bits(kind: str, backend: Backend) -> None:
     """Chunks of more than 16 tokens, on the cache as it stands after each of them was written."""
     choose = random.Random(f"chunks {kind}")
@@ -202,7 +205,9 @@ def test_chunks_of_a_prefill_give_the_same_bits(kind: str, backend: Backend) -> 
     backend.count(cases)
 
 
-@pytest.mark.parametrize("window", [5, 33, 100])
+@pytest.mark.parametrize(
+    "window", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (33, 100))]
+)
 def test_decoding_around_a_ring_equals_full_recomputation(window: int, backend: Backend) -> None:
     """Appends across W - 1, W, W + 1, 2W, 3W + 7 and 2 rings, with rollbacks between them."""
     choose = random.Random(f"ring {window}")
@@ -250,6 +255,7 @@ def test_decoding_around_a_ring_equals_full_recomputation(window: int, backend: 
     backend.count(step)
 
 
+@pytest.mark.slow
 def test_long_caches_in_many_splits(backend: Backend) -> None:
     """Alone, in company and in pages: lengths at the borders of splits."""
     choose = random.Random("long")
@@ -277,6 +283,7 @@ def test_long_caches_in_many_splits(backend: Backend) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_schedule_gives_the_same_bits(emulated: Backend) -> None:
     emulator = Emulator(emulator_library())
     choose = random.Random("schedules")

@@ -217,6 +217,7 @@ def test_packed_sequences(share: int, backend: Backend) -> None:
     run_many(backend, 20, call)
 
 
+@pytest.mark.slow
 def test_sequences_of_equal_lengths(backend: Backend) -> None:
     choose = random.Random("equal")
     run_many(backend, 250, lambda: run_equal(backend, choose))

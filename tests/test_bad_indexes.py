@@ -80,6 +80,7 @@ def test_two_shards_swapped(sharded: Path) -> None:
     files.refused(sharded, INDEX_NAME, "not in the shard it names")
 
 
+@pytest.mark.slow
 def test_index_of_a_million_tensors(folder: Path) -> None:
     weight_map = {f"t{n}": WEIGHTS_NAME for n in range(1_000_000)}
     files.write_index(folder, weight_map)

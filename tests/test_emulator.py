@@ -266,6 +266,7 @@ def test_headers_offer_what_the_kernels_headers_offer(header, cuda_only):
     assert real - emulated <= cuda_only
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gdb") is None, reason="gdb is not installed")
 def test_breakpoints_in_kernels_work_in_gdb():
     build.build("plain")

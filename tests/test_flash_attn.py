@@ -60,16 +60,19 @@ def run_random_caches(backend: Backend, kind: str, key: object, cases: int) -> N
     backend.count(cases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", range(8))
 def test_random_calls(share: int, backend: Backend) -> None:
     run_random(backend, share, 440 * case_factor(), packed=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", range(4))
 def test_random_packed_calls(share: int, backend: Backend) -> None:
     run_random(backend, ("packed", share), 260 * case_factor(), packed=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", attention_caches.KINDS)
 def test_random_calls_with_a_history(kind: str, backend: Backend) -> None:
     run_random_caches(backend, kind, "history", 80 * case_factor())

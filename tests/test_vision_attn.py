@@ -150,7 +150,11 @@ def check(case: Case, choose: random.Random, backend: Backend, number: int) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "share", [pytest.param(0, marks=pytest.mark.sanitized)] + [pytest.param(n) for n in (1, 2, 3)]
+    "share",
+    [
+        pytest.param(0, marks=pytest.mark.sanitized),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3)),
+    ],
 )
 def test_random_windows(share: int, dtype: torch.dtype, backend: Backend) -> None:
     choose = random.Random(f"windows {dtype} {share}")
@@ -163,6 +167,7 @@ def test_random_windows(share: int, dtype: torch.dtype, backend: Backend) -> Non
     backend.count(cases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_frames(dtype: torch.dtype, backend: Backend) -> None:
     choose = random.Random(f"frames {dtype}")
