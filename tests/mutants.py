@@ -2,9 +2,10 @@
 
 ``mutants.py --all`` runs every mutant and writes the record, mutants.json: per source file its hash
 (with all headers it includes), which mutants were killed, by which tests, and which survived.
-``mutants.py --changed`` runs the mutants of files whose hash differs from the record, for at most
-15 minutes. A survivor that is not on record fails the run, and so do too many of them. ``--only
-TEXT`` runs those whose file or name contains the text; ``--write`` puts its results on record, too.
+``mutants.py --changed`` runs the mutants that have no verdict on record for their file as it is
+now, for at most 15 minutes. A survivor that is not on record fails the run, and so do too many of
+them. ``--only TEXT`` runs those whose file or name contains the text; ``--new`` leaves out of them
+what has its verdict, and ``--write`` puts the results on record.
 """
 
 from __future__ import annotations
@@ -45,18 +46,16 @@ def read_record() -> dict[str, dict[str, Any]]:
     return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
-def changed_files(mutants: list[Mutant]) -> list[str]:
-    """Source files that changed since their mutants were last run, or that have other mutants."""
+def without_verdict(mutants: list[Mutant]) -> list[Mutant]:
+    """Those that have none on record for the code as it is now."""
     record = read_record()
-    names: dict[str, set[str]] = {}
-    for mutant in mutants:
-        names.setdefault(mutant.file, set()).add(mutant.name)
+    hashes = {file: mutation.source_hash(file) for file in {mutant.file for mutant in mutants}}
+    known = {file: entry for file, entry in record.items() if entry["hash"] == hashes.get(file)}
     return [
-        file
-        for file, listed in names.items()
-        if file not in record
-        or record[file]["hash"] != mutation.source_hash(file)
-        or listed != {*record[file]["killed"], *record[file]["survived"]}
+        mutant
+        for mutant in mutants
+        if mutant.file not in known
+        or mutant.name not in {*known[mutant.file]["killed"], *known[mutant.file]["survived"]}
     ]
 
 
@@ -144,9 +143,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_true", help="every mutant; writes the record")
-    which.add_argument("--changed", action="store_true", help="files that differ from the record")
+    which.add_argument("--changed", action="store_true", help="what the record says nothing of")
     which.add_argument("--only", metavar="TEXT", help="file or name contains this")
     parser.add_argument("--write", action="store_true", help="with --only: write the record")
+    parser.add_argument("--new", action="store_true", help="those alone without a verdict yet")
     parser.add_argument("--plain", action="store_true", help="without those of the sanitizers")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
@@ -154,11 +154,12 @@ def main() -> None:
     mutants = read_list()
     limit_s = float("inf")
     if arguments.changed:
-        files = changed_files(mutants)
-        mutants = [mutant for mutant in mutants if mutant.file in files]
+        mutants = without_verdict(mutants)
         limit_s = TIME_LIMIT_S
     elif arguments.only:
         mutants = [m for m in mutants if arguments.only in f"{m.file}: {m.name}"]
+    if arguments.new:
+        mutants = without_verdict(mutants)
     if arguments.plain:
         mutants = [m for m in mutants if m.check == "plain"]
     if not mutants:

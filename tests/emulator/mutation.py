@@ -2,7 +2,8 @@
 
 Objects that a defect does not touch are taken from the finished build of the variant; only kernels
 that include the changed file are compiled again, with the variant's own commands. Who noticed a
-mutant the last time is asked first; then come the quick tests, then all that may notice.
+mutant the last time is asked first; then come the quick tests, then the others that may notice, of
+which those marked `sanitized` alone where a file has any.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ TESTS = build.ROOT / "tests"
 # Checks of arguments are tested by these, whatever the kernel.
 HOST_TESTS = ("test_bad_arguments.py", "test_bad_memory.py", "test_ops.py")
 VARIANT_OF_CHECK = {"plain": "plain", "asan": "asan", "tsan": "tsan"}
-TEST_LIMIT_S = 300
-LONG_LIMIT_S = 900  # for all tests of several kernels
+TEST_LIMIT_S = 150
 
 
 class Mutant(NamedTuple):
@@ -188,10 +188,7 @@ class Workshop:
         if killer and (by := run_tests([killer], library, log)):
             return by
         tests = tests_for(mutant)
-        by = run_tests(tests, library, log, subset=True)
-        if by is None and any("mark.sanitized" in Path(test).read_text() for test in tests):
-            by = run_tests(tests, library, log, limit_s=LONG_LIMIT_S)
-        return by
+        return run_tests(tests, library, log, subset=True)
 
     def _race_cases(self, mutant: Mutant, library: Path) -> str | None:
         environment = sanitizers.environment("tsan")
@@ -229,9 +226,7 @@ def _pytest_arguments() -> list[str]:
     return ["-x", "-q", "-m", "not gpu", "-p", "no:cacheprovider", "--no-header"]
 
 
-def run_tests(
-    tests: list[str], library: Path, log: Path, subset: bool = False, limit_s: int = TEST_LIMIT_S
-) -> str | None:
+def run_tests(tests: list[str], library: Path, log: Path, subset: bool = False) -> str | None:
     """Runs pytest in a fork of this process, which has torch loaded; the test that failed, or None.
 
     A crash or a run beyond the limit counts as noticed, too; tests that do not exist do not.
@@ -244,7 +239,7 @@ def run_tests(
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(limit_s)
+        signal.alarm(TEST_LIMIT_S)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
