@@ -57,6 +57,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of ``generate`` for what was given on the command line."""
     options = {name: getattr(arguments, name) for name in _KEYWORDS}
+    if arguments.num_draft_tokens is not None and arguments.draft is None:
+        raise ValueError("num_draft_tokens: needs --draft")
     if arguments.temperature == 0:
         options |= {"temperature": None, "do_sample": False}
     else:

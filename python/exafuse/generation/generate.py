@@ -228,6 +228,8 @@ def _media(
         values |= media
     if values:
         hint = " (this model has no vision tower)" if values.keys() & set(MEDIA) else ""
+        if "pad_token_id" in values:
+            hint = ' (pass generation_config={"pad_token_id": ...})'
         names = ", ".join(map(repr, sorted(values)))
         raise TypeError(f"generate: unexpected {names}{hint}")
     return media

@@ -62,6 +62,8 @@ def patch(model: Model, backend: str = "auto") -> Model:
     Raises:
         ValueError: the model is patched already, or has no layer that we know.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a loaded transformers model, got {type(model).__name__}")
     if hasattr(model, _STATE):
         raise ValueError("model: is patched already; call exafuse.unpatch(model) first")
     targets = [(module, FORWARDS[name]) for module, name in _known_layers(model)]

@@ -80,7 +80,9 @@ def for_path(backend: str) -> ModuleType:
     ops = Ops(backend)
     problem = {"cuda": cuda_problem, "emulated": emulator_problem}.get(backend, str)()
     if problem:
-        raise BackendError(f"backend {backend!r} cannot run here: {problem}")
+        raise BackendError(
+            f"backend {backend!r} cannot run here: {problem} (`exafuse info` says more)"
+        )
     module = ModuleType(f"{__name__}.for_path({backend!r})", __doc__)
     for name in __all__:
         setattr(module, name, getattr(ops, name))

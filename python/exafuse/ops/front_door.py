@@ -114,12 +114,14 @@ class FrontDoor:
         """The function that takes a call which the extension does not take directly.
 
         The registered op of the name of ``definition``, a reference op, where kernels exist for
-        tensors like ``first``: it shows itself to autograd, compilers and wrapped tensors. Else
+        tensors like ``first``: it shows itself to autograd, compilers and wrapped tensors. So it
+        does to a compiler everywhere: a definition may look at numbers, which breaks a graph. Else
         ``definition`` itself.
         """
         if self._gave_up or not isinstance(first, Tensor):
             return definition
-        if not (self._takes_cpu or first.is_cuda) or first.is_meta:
+        here = self._takes_cpu or first.is_cuda or torch.compiler.is_compiling()
+        if not here or first.is_meta:
             return definition
         if first.is_cuda and not self._gpus.get(first.get_device(), True):
             return definition
@@ -264,7 +266,10 @@ def _complete(extension: ModuleType) -> ModuleType:
     needed = (*KERNELS, *WORKSPACES, "NotAPlainTensor")
     missing = [name for name in needed if not hasattr(extension, name)]
     if missing:
+        remedy = _REBUILD
+        if "emulated" in extension.__name__:
+            remedy = "rebuild it: python tests/emulator/build.py --variant plain"
         raise BackendError(
-            f"{extension.__name__} is an old build that lacks {', '.join(missing)}; {_REBUILD}"
+            f"{extension.__name__} is an old build that lacks {', '.join(missing)}; {remedy}"
         )
     return extension

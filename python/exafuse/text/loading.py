@@ -17,6 +17,7 @@ from typing import Any
 
 from exafuse.errors import TemplateError
 from exafuse.strict_json import read_json, shorten
+from exafuse.weights.hub import is_hub_name, resolve_folder
 
 MIB = 2**20
 # The largest published vocabularies (260,000 entries) take 35 MB; templates stay below 50 KB.
@@ -41,16 +42,18 @@ MODEL_TYPES = ("BPE", "Unigram", "WordLevel", "WordPiece")
 
 
 def load_processor(folder: str | os.PathLike[str]) -> Any:
-    """The text front end of the checkpoint folder ``folder``: the transformers tokenizer, or, for
+    """The text front end of a checkpoint, a folder or a Hub name: the transformers tokenizer, or, for
     a model that sees, a :class:`exafuse.media.processor.Processor` with the tokenizer in it.
 
-    Local files only; ``trust_remote_code`` is False. Raises ``TemplateError``, with file and
+    ``trust_remote_code`` is False. Raises ``TemplateError``, with file and
     reason, for tokenizer files that are missing, too large, malformed or contradictory, for token
     ids that the model has no embedding row for (``vocab_size`` of config.json, where there is one),
     and for a chat template that does not compile; ``ConfigError`` for malformed settings of images
     and videos.
     """
     path = Path(folder)
+    if not path.is_dir() and is_hub_name(folder):
+        path = resolve_folder(str(folder))
     if not path.is_dir():
         raise TemplateError(f"{path}: expected a checkpoint folder with a tokenizer, got no folder")
     num_rows, file_ids = _check_files(path)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from exafuse.config import ModelConfig, load_config
-from exafuse.errors import TemplateError
+from exafuse.errors import BackendError, TemplateError
 from exafuse.generation.settings import context_length
 from exafuse.verification.pictures import with_pictures
 from exafuse.verification.report import Report, compare_fp32, compare_half
@@ -219,8 +219,11 @@ def _path_of(backend: str, device: torch.device) -> str:
     if backend != "auto":
         raise ValueError(f"backend: expected auto, cuda, emulated or reference, got {backend!r}")
     from exafuse import ops
+    from exafuse.ops.front_door import emulator_problem
 
     path: str = ops.path_for(device)
+    if ops.path == "emulated" and path != ops.path and device.type == "cpu":
+        raise BackendError(f"EXAFUSE_BACKEND=emulated: {emulator_problem()}")
     return path
 
 

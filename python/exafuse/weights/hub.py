@@ -21,6 +21,11 @@ _HUB_NAME = re.compile(rf"{_PART}/{_PART}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*")
 
 
+def is_hub_name(name: str | os.PathLike[str]) -> bool:
+    """Whether this is written as a Hub name, ``owner/model``."""
+    return _HUB_NAME.fullmatch(str(name)) is not None
+
+
 def resolve_folder(name_or_folder: str | Path, revision: str | None = None) -> Path:
     """The local folder of a checkpoint; a Hub name is downloaded, or found in the Hub's cache.
 
