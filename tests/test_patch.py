@@ -324,3 +324,14 @@ def test_autocast_rounds_as_little_as_the_model(model: Any, grad: bool) -> None:
     plain, ours = plain_and_patched(model, call)
     mine, theirs = (float((x - exact).norm() / exact.norm()) for x in (ours, plain))
     assert mine <= 1.5 * theirs, (mine, theirs)
+
+
+@pytest.mark.slow
+def test_a_patched_model_compiles_whole(model: Any) -> None:
+    def call(model: Any) -> Tensor:
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        return compiled(drop_in_cases.prompts(model), use_cache=False).logits
+
+    plain, ours = plain_and_patched(model, call)
+    drop_in_cases.close(ours, plain)

@@ -143,7 +143,8 @@ def attention_mask(
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     mask_function = causal_mask_function if mask_function is None else mask_function
-    kind = _kind(mask_function, local_size)
+    plain = bool(kwargs.get("allow_is_causal_skip"))
+    kind = _kind(mask_function, local_size, plain, kwargs.get("config"))
     if kind is not None:
         causal, window = kind
         padding = None
@@ -170,8 +171,13 @@ def attention_mask(
     return explicit
 
 
-def _kind(mask_function: Any, local_size: int | None) -> tuple[bool, int | None] | None:
-    """``(causal, window)`` of a mask function that is nothing more than these."""
+def _kind(
+    mask_function: Any, local_size: int | None, plain: bool, config: Any
+) -> tuple[bool, int | None] | None:
+    """``(causal, window)`` of a mask function that is nothing more than these.
+
+    ``plain``: transformers says that nothing was joined to a window or to chunks of that size.
+    """
     from transformers.masking_utils import (
         bidirectional_mask_function,
         causal_mask_function,
@@ -182,6 +188,10 @@ def _kind(mask_function: Any, local_size: int | None) -> tuple[bool, int | None]
         return True, None
     if mask_function is bidirectional_mask_function:
         return False, None
+    if local_size and torch.compiler.is_compiling():  # compilers cannot look into functions
+        is_window = getattr(config, "sliding_window", None) == local_size
+        is_chunk = getattr(config, "attention_chunk_size", None) is not None
+        return (True, local_size) if plain and is_window and not is_chunk else None
     if local_size and same_function(mask_function, sliding_window_causal_mask_function(local_size)):
         return True, local_size
     return None
