@@ -42,8 +42,8 @@ MODEL_TYPES = ("BPE", "Unigram", "WordLevel", "WordPiece")
 
 
 def load_processor(folder: str | os.PathLike[str]) -> Any:
-    """The text front end of a checkpoint, a folder or a Hub name: the transformers tokenizer, or, for
-    a model that sees, a :class:`exafuse.media.processor.Processor` with the tokenizer in it.
+    """The text front end of a checkpoint, a folder or a Hub name: the transformers tokenizer, or,
+    for a model that sees, a :class:`exafuse.media.processor.Processor` with the tokenizer in it.
 
     ``trust_remote_code`` is False. Raises ``TemplateError``, with file and
     reason, for tokenizer files that are missing, too large, malformed or contradictory, for token
