@@ -140,7 +140,10 @@ class Workshop:
             return Verdict(mutant, "broken", output[:2000], time.monotonic() - start)
         finally:
             shutil.copy(CSRC / mutant.file, copy)
-        by = self.check(mutant, library)
+        try:
+            by = self.check(mutant, library)
+        except subprocess.TimeoutExpired:  # under a sanitizer that is slow by itself
+            by = None
         outcome = "survived" if by is None else "killed"
         return Verdict(mutant, outcome, by or "", time.monotonic() - start)
 
