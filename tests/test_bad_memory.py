@@ -93,6 +93,10 @@ def test_what_is_no_tensor_is_a_type_error_that_names_it(
             continue
         if argument == "cu_seqlens_q" and arguments[argument] is None:
             continue  # says how q is laid out, which is looked at first
+        if (argument, name) == ("workspace", "flash_attn_with_kvcache") and "emulated" not in (
+            extension.__name__
+        ):
+            continue  # is looked at last, behind the device, which these CPU tensors are not on
         changes = {argument: value}
         if argument in ("k", "v") and name.startswith("qk_norm_rope"):  # three projections
             widths = {"q": 32, "k": 16, "v": 16}
