@@ -177,3 +177,16 @@ def test_more_work_than_a_grid_holds(emulated: object) -> None:
     gate_up = torch.zeros(1, 2, dtype=BF16).expand(rows, 2)
     with pytest.raises(ValueError, match=r"too much work for one launch: 2147483649 blocks, at mo"):
         extension.silu_and_mul(gate_up, None, sparse(rows, BF16).view(rows, 1))
+
+
+@pytest.mark.emulated
+def test_a_workspace_is_long_enough_and_aligned(emulated: object) -> None:
+    name = "flash_attn_with_kvcache"
+    size = ARGUMENTS[name]()["workspace"].numel()
+    function = getattr(front_door.load_emulated(), name)
+    for workspace, words in (
+        (torch.zeros(1), r"or more elements, got \(1,\)"),
+        (torch.zeros(size + 1)[1:], "aligned to 16 bytes"),
+    ):
+        with pytest.raises(ValueError, match=f"^workspace: expected .*{words}"):
+            function(**{**ARGUMENTS[name](), "workspace": workspace})
