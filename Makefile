@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= .cache/smollm2
 PYTEST_ARGS ?=
+TEST_JOBS ?= 2
 MUTANTS ?= changed
 GPU_ARGS ?=
 
@@ -131,18 +132,15 @@ $(STAMPS)/emulator-%: $(EMULATOR_FILES) | $(STAMPS)/test
 
 emulator: $(foreach variant,plain fast asan tsan,$(STAMPS)/emulator-$(variant))
 
+# Whole files go to one of TEST_JOBS processes: what a file prepares is prepared once.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile
+
 test: $(STAMPS)/test $(STAMPS)/media emulator
 	@$(BIN)/python tests/fetch_smollm2.py --out $(MODEL)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
-# In two halves side by side; status 5 is a half without a test that PYTEST_ARGS asks for.
 test-quick: $(STAMPS)/test $(STAMPS)/media $(STAMPS)/emulator-plain
-	@mkdir -p build; half() { \
-	  $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) "$$@" || test $$? = 5; \
-	}; \
-	half tests/test_[a-f]*.py > build/test-quick.log 2>&1 & first=$$!; \
-	failed=0; half tests/test_[g-z]*.py || failed=1; \
-	wait $$first || failed=1; cat build/test-quick.log; exit $$failed
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 # Wrong kernels, made by small edits of the sources, must be noticed by the suite.
 test-mutants: $(STAMPS)/test $(STAMPS)/emulator-plain
@@ -150,11 +148,11 @@ test-mutants: $(STAMPS)/test $(STAMPS)/emulator-plain
 
 # By hand, not in CI: hours on two cores.
 test-full: test
-	EXAFUSE_TEST_CASES=10 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	EXAFUSE_TEST_CASES=10 $(PYTEST) $(PYTEST_ARGS)
 	$(if $(wildcard tests/mutants.py),$(MAKE) test-mutants MUTANTS=all)
 	env -u PIP_CONSTRAINT $(INSTALL) --upgrade --target build/oldest \
 	  "transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\)",/\1/p' pyproject.toml)"
-	PYTHONPATH=build/oldest $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	PYTHONPATH=build/oldest $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset release -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build --preset release

@@ -1,15 +1,17 @@
 """The last line of a test run: how many cases ran emulated, on a GPU, or found no GPU.
 
 A pytest plugin (`pytest_plugins = ["case_counts"]` in conftest.py). A passed test marked `emulated`
-or `gpu` is one case of that kind, unless it reports how many it ran with `add_cases`.
+or `gpu` is one case of that kind, unless it reports how many it ran with `add_cases`. The counts
+travel in the test's report: with several workers, the process that prints them ran none itself.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
 BACKENDS = ("emulated", "gpu")
+PROPERTY = "cases"
 
 _reported: Counter[str] = Counter()  # by add_cases, during the test that runs
 _totals: Counter[str] = Counter()
@@ -32,15 +34,24 @@ def summary() -> str:
     )
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call":
+        # A test that reports nothing itself is one case of the kind that it is marked as.
+        marked = [backend for backend in BACKENDS if backend in item.keywords]
+        report.user_properties.append((PROPERTY, dict(_reported or dict.fromkeys(marked, 1))))
+        _reported.clear()
+    return report
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" and report.passed:
-        # A test that reports nothing itself is one case of the kind that it is marked as.
-        marked = [backend for backend in BACKENDS if backend in report.keywords]
-        _totals.update(_reported or dict.fromkeys(marked, 1))
+        _totals.update(dict(report.user_properties).get(PROPERTY, {}))
     elif report.skipped and "gpu" in report.keywords:
         _totals["skipped"] += 1
-    if report.when == "teardown":
-        _reported.clear()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
