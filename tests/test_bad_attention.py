@@ -11,15 +11,14 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from exafuse import ops, reference
 from kernel_backends import Backend, emulated
+from wrong_arguments import BF16, wrong_numbers, wrong_tensors
 
 __all__ = ["emulated"]  # a fixture
 
-BF16 = torch.bfloat16
 Arguments = dict[str, Any]
 # (what is wrong, arguments, names of which one must begin the message, on kernels alone)
 Wrong = tuple[str, Arguments, set[str], bool]
@@ -116,59 +115,6 @@ DIMENSIONS = {
 }
 
 
-class Wrapped:
-    """No tensor, whatever it says of itself."""
-
-    shape = (2, 20, 4, 16)
-    dtype = BF16
-    requires_grad = is_cuda = False
-
-
-def misaligned(like: torch.Tensor) -> torch.Tensor:
-    """The same shape at an odd address."""
-    size = like.numel() * like.element_size()
-    raw = torch.frombuffer(bytearray(size + 1), dtype=torch.uint8, offset=1, count=size)
-    return torch.frombuffer(raw.numpy(), dtype=like.dtype).view(like.shape)
-
-
-def columns(like: torch.Tensor) -> torch.Tensor:
-    """The same shape, every second element of the last dimension of a wider tensor."""
-    return torch.zeros(*like.shape[:-1], 2 * like.shape[-1], dtype=like.dtype)[..., ::2]
-
-
-def wrong_tensors(name: str, value: torch.Tensor) -> Iterator[tuple[str, Any, bool]]:
-    """`(what, instead of value, on kernels alone)`."""
-    for other in ("x", 3.5, [1, 2], {}, np.zeros((2, 3)), Wrapped(), torch.float16):
-        if name == "cache_seqlens" and isinstance(other, int):
-            continue
-        yield f"{type(other).__name__}", other, False
-    if name not in OPTIONAL and name != "cache_seqlens":
-        yield "None", None, False
-    floats = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
-    for dtype in (*floats, torch.int64, torch.int16, torch.bool, torch.complex64):
-        if dtype != value.dtype:
-            yield f"{dtype}", value.to(dtype), False
-    for dim in range(value.dim() if name != "block_table" else 1):  # any number of pages will do
-        for change in (-1, 1):
-            shape = list(value.shape)
-            shape[dim] += change
-            yield f"shape {shape}", torch.zeros(shape, dtype=value.dtype), False
-    yield "one dimension more", value[None].clone(), False
-    yield "one dimension less", value[0].clone(), False
-    yield "no dimension", torch.zeros((), dtype=value.dtype), False
-    yield "another device", value.to("meta"), False
-    if value.shape[-1] > 1 and name not in ("cache_seqlens",):
-        yield "stride 2", columns(value), True
-    yield "odd address", misaligned(value), True
-
-
-def wrong_numbers(name: str) -> Iterator[tuple[str, Any, bool]]:
-    for value in (None, "x", 3.0, torch.tensor(3), -1, 2**31, 2**70, -(2**63)):
-        yield f"{value!r}", value, False
-    if name.startswith("num_"):
-        yield "0", 0, False
-
-
 def overlaps(arguments: Arguments) -> Iterator[Wrong]:
     """Outputs that lie on inputs or on each other; only kernels mind."""
     for output in ("out", "k_cache", "v_cache"):
@@ -225,7 +171,12 @@ def everything_wrong(call: str) -> Iterator[Wrong]:
     arguments = make()
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor):
-            for what, other, kernels_only in wrong_tensors(name, value):
+            for what, other, kernels_only in wrong_tensors(
+                value,
+                optional=name in {*OPTIONAL, "cache_seqlens"},
+                free_dims={1} if name == "block_table" else (),  # any number of pages will do
+                strided=name != "cache_seqlens",
+            ):
                 named = {name}
                 if isinstance(other, torch.Tensor) and other.numel() != value.numel():
                     # Which of two tensors is the wrong one is a matter of their order.
@@ -238,9 +189,9 @@ def everything_wrong(call: str) -> Iterator[Wrong]:
                     continue  # other segments, that the device alone knows
                 yield f"{name}: {what}", {**arguments, name: other}, named, kernels_only
         else:
-            for what, other, kernels_only in wrong_numbers(name):
+            for what, other in wrong_numbers(zero=name.startswith("num_")):
                 named = {name, "num_heads"} if name == "num_kv_heads" else {name}
-                yield f"{name}: {what}", {**arguments, name: other}, named, kernels_only
+                yield f"{name}: {what}", {**arguments, name: other}, named, False
     for name, value, named in wrong_choices(op, arguments):
         shown = tuple(value.shape) if isinstance(value, torch.Tensor) else value
         yield f"{name} = {shown!r}", {**arguments, name: value}, named, False

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from exafuse import reference
 from exafuse.ops.front_door import FrontDoor, documented_by
-
-Qkv = Tensor | tuple[Tensor, Tensor, Tensor]
+from exafuse.reference._check import check_buffers, check_heads
+from exafuse.reference.qk_norm_rope import Qkv, qkv_parts
 
 
 class RopeOps(FrontDoor):
@@ -29,8 +29,8 @@ class RopeOps(FrontDoor):
         *,
         out: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = qkv if isinstance(qkv, tuple) else (qkv, None, None)
-        q_out, k_out, v_out = out if out is not None else (None, None, None)
+        q, k, v = qkv_parts(qkv)
+        q_out, k_out, v_out = check_buffers(out, 3)
         kernels = self.kernels(q, k, v, q_weight, k_weight, q_out, k_out, v_out)
         if kernels is not None:
             try:
@@ -51,6 +51,9 @@ class RopeOps(FrontDoor):
                 return q_out, k_out, value
             except kernels.NotAPlainTensor:
                 pass
+            except OverflowError:  # a number that C++ cannot hold
+                check_heads(num_heads, num_kv_heads)
+                raise
         return self.beyond(q, reference.qk_norm_rope)(
             *(qkv, num_heads, num_kv_heads, q_weight, k_weight, cos, sin, positions, eps), out=out
         )
@@ -73,7 +76,7 @@ class RopeOps(FrontDoor):
         slot_mapping: Tensor,
         out: Tensor | None = None,
     ) -> Tensor:
-        q, k, v = qkv if isinstance(qkv, tuple) else (qkv, None, None)
+        q, k, v = qkv_parts(qkv)
         kernels = self.kernels(q, k, v, q_weight, k_weight, out)
         if kernels is not None:
             try:
@@ -89,6 +92,9 @@ class RopeOps(FrontDoor):
                 return q_out
             except kernels.NotAPlainTensor:
                 pass
+            except OverflowError:  # a number that C++ cannot hold
+                check_heads(num_heads, num_kv_heads)
+                raise
         return self.beyond(q, reference.qk_norm_rope_cache)(
             *(qkv, num_heads, num_kv_heads, q_weight, k_weight, cos, sin, positions, eps),
             k_cache=k_cache,
@@ -108,7 +114,7 @@ class RopeOps(FrontDoor):
         *,
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        q_out, k_out = out if out is not None else (None, None)
+        q_out, k_out = check_buffers(out, 2)
         kernels = self.kernels(q, k, q_out, k_out)
         if kernels is None:
             return self.beyond(q, reference.apply_rope)(q, k, cos, sin, positions, out=out)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from exafuse import reference
 from exafuse.ops.front_door import FrontDoor, documented_by
+from exafuse.reference._check import check_buffers
 
 
 class NormOps(FrontDoor):
@@ -38,7 +39,7 @@ class NormOps(FrontDoor):
         *,
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        y, new_residual = out if out is not None else (None, None)
+        y, new_residual = check_buffers(out, 2)
         kernels = self.kernels(x, residual, weight, y, new_residual)
         if kernels is None:
             return self.beyond(x, reference.add_rms_norm)(x, residual, weight, eps, out=out)

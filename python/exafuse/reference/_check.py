@@ -88,6 +88,14 @@ def check_count(name: str, value: object, low: int = 0, high: int = MAX_TOKENS) 
     return value
 
 
+def check_eps(eps: object) -> None:
+    """Raise unless ``eps`` is a finite number >= 0."""
+    if not isinstance(eps, (float, int)):
+        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
+
+
 def check_scale(softmax_scale: float | None, head_dim: int) -> float:
     """The scale of the scores, ``head_dim ** -0.5`` by default."""
     if softmax_scale is None:
@@ -182,7 +190,17 @@ def check_heads(num_heads: int, num_kv_heads: int) -> int:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would have to follow an op on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)
+
+
+def check_buffers(out: Any, count: int) -> Any:
+    """The result buffers of an op with ``count`` results, None where the op makes its own."""
+    if out is None:
+        return (None,) * count
+    if not isinstance(out, (tuple, list)) or len(out) != count:
+        kind = f"{len(out)}" if isinstance(out, (tuple, list)) else type(out).__name__
+        raise TypeError(f"out: expected a tuple of {count} tensors, got {kind}")
+    return out
 
 
 def deliver(result: Tensor, out: Tensor | None, name: str = "out") -> Tensor:

@@ -5,10 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from exafuse.reference._check import Shapes, check_float, check_heads, deliver, needs_grad
+from exafuse.reference._check import (
+    Shapes,
+    check_buffers,
+    check_device,
+    check_eps,
+    check_float,
+    check_heads,
+    deliver,
+    needs_grad,
+)
 from exafuse.reference.rms_norm import norm_fp32
 
 Qkv = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+def qkv_parts(qkv: Qkv) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``(q, k, v)`` of a triple; of a packed tensor, itself and None."""
+    if isinstance(qkv, Tensor):
+        return qkv, None, None
+    if not isinstance(qkv, tuple) or len(qkv) != 3:
+        raise TypeError(
+            f"qkv: expected a torch.Tensor or a tuple of q, k and v, got {type(qkv).__name__}"
+        )
+    return qkv
 
 
 def split_qkv(qkv: Qkv, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,15 +48,14 @@ def split_qkv(qkv: Qkv, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tens
         packed = qkv.view(-1, total_heads, head_dim)
         last_k = num_heads + num_kv_heads
         return packed[:, :num_heads], packed[:, num_heads:last_k], packed[:, last_k:]
-    if not isinstance(qkv, tuple) or len(qkv) != 3:
-        raise TypeError(
-            f"qkv: expected a torch.Tensor or a tuple of q, k and v, got {type(qkv).__name__}"
-        )
+    q, _, _ = qkv_parts(qkv)
+    check_float("q", q)
     split = []
     for name, tensor, heads in zip(
         "qkv", qkv, (num_heads, num_kv_heads, num_kv_heads), strict=True
     ):
-        check_float(name, tensor, qkv[0].dtype)
+        check_float(name, tensor, q.dtype)
+        check_device(q.device, **{name: tensor})
         if tensor.dim() != 2 or tensor.shape[1] % heads:
             raise ValueError(
                 f"{name}: expected (num_tokens, {heads} * head_dim), got {tuple(tensor.shape)}"
@@ -55,9 +74,10 @@ def rotate_fp32(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rows(
-    cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, num_tokens: int, head_dim: int
+    cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, q: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """fp32 cos and sin ``[num_tokens, head_dim / 2]`` of each token, or None without RoPE."""
+    num_tokens, _, head_dim = q.shape
     if cos is None or sin is None:
         if cos is not None or sin is not None:
             raise ValueError("cos, sin: expected both tables or neither")
@@ -73,6 +93,7 @@ def _rows(
     check_float("sin", sin, cos.dtype)
     shapes.match("cos", cos, "rows", head_dim // 2)
     shapes.match("sin", sin, "rows", head_dim // 2)
+    check_device(q.device, cos=cos, sin=sin, positions=positions)
     if positions.device.type == "cpu" and num_tokens:
         low, high = (int(bound) for bound in positions.aminmax())
         if low < 0 or high >= cos.shape[0]:
@@ -91,6 +112,7 @@ def _norm_rope(
     if weight is not None:
         check_float("q_weight, k_weight", weight, x.dtype, torch.float32)
         Shapes(head_dim=x.shape[-1]).match("q_weight, k_weight", weight, "head_dim")
+        check_device(x.device, **{"q_weight, k_weight": weight})
     y = x.float() if weight is None else norm_fp32(x, weight, eps)
     if rows is not None:
         y = rotate_fp32(y, *rows)
@@ -129,7 +151,8 @@ def qk_norm_rope(
         the input unless ``out`` is given.
     """
     q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
-    rows = _rows(cos, sin, positions, q.shape[0], q.shape[2])
+    check_eps(eps)
+    rows = _rows(cos, sin, positions, q)
     if isinstance(qkv, Tensor) and q_weight is None and k_weight is None and rows is not None:
         # Without norms q and k are one run of heads: half the work on short inputs.
         heads = qkv.view(q.shape[0], num_heads + 2 * num_kv_heads, q.shape[2])[
@@ -139,9 +162,8 @@ def qk_norm_rope(
         q, k = heads[:, :num_heads], heads[:, num_heads:]
     else:
         q, k = _norm_rope(q, q_weight, rows, eps), _norm_rope(k, k_weight, rows, eps)
-    if out is None:
-        return q, k, v
-    return deliver(q, out[0], "out[0]"), deliver(k, out[1], "out[1]"), deliver(v, out[2], "out[2]")
+    q_out, k_out, v_out = check_buffers(out, 3)
+    return deliver(q, q_out, "out[0]"), deliver(k, k_out, "out[1]"), deliver(v, v_out, "out[2]")
 
 
 def qk_norm_rope_cache(
@@ -173,7 +195,7 @@ def qk_norm_rope_cache(
     Returns:
         ``q [num_tokens, num_heads, head_dim]``. Inference only: a needed gradient is a ValueError.
     """
-    inputs = (qkv,) if isinstance(qkv, Tensor) else qkv
+    inputs = qkv if isinstance(qkv, tuple) else (qkv,)
     if needs_grad(*inputs, q_weight, k_weight):
         raise ValueError(
             "qk_norm_rope_cache writes the cache in place and has no gradient: "
@@ -198,6 +220,7 @@ def write_cache(
     shapes.match("v_cache", v_cache, "rows", "slots", "num_kv_heads", "head_dim")
     shapes.match("slot_mapping", slot_mapping, "num_tokens")
     check_float("slot_mapping", slot_mapping, torch.int64)
+    check_device(k.device, k_cache=k_cache, v_cache=v_cache, slot_mapping=slot_mapping)
     rows, slots = k_cache.shape[:2]
     if slot_mapping.numel() == 0 or rows * slots == 0:
         return
@@ -260,8 +283,9 @@ def apply_rope(
     shapes = Shapes()
     shapes.match("q", q, "num_tokens", "num_heads", "head_dim")
     shapes.match("k", k, "num_tokens", "num_kv_heads", "head_dim")
-    rows = _rows(cos, sin, positions, q.shape[0], q.shape[2])
-    q_out, k_out = out if out is not None else (None, None)
+    check_device(q.device, k=k)
+    rows = _rows(cos, sin, positions, q)
+    q_out, k_out = check_buffers(out, 2)
     return (
         deliver(_norm_rope(q, None, rows, 0.0), q_out, "out[0]"),
         deliver(_norm_rope(k, None, rows, 0.0), k_out, "out[1]"),

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exafuse.reference._check import Shapes, check_float, deliver
+from exafuse.reference._check import (
+    Shapes,
+    check_buffers,
+    check_device,
+    check_eps,
+    check_float,
+    deliver,
+)
 
 
 def norm_fp32(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -16,15 +23,22 @@ def norm_fp32(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), eps)
 
 
-def _check(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
+def _check(x: Tensor, weight: Tensor, eps: float) -> None:
     check_float("x", x)
+    if x.dim() == 0:
+        raise ValueError("x: expected (..., hidden), got ()")
     check_float("weight", weight, x.dtype, torch.float32)
     if weight.shape != x.shape[-1:]:
         Shapes(hidden=x.shape[-1]).match("weight", weight, "hidden")
-    if residual is not None:
-        check_float("residual", residual, x.dtype)
-        if residual.shape != x.shape:
-            Shapes().match("residual", residual, *x.shape)
+    check_eps(eps)
+    check_device(x.device, weight=weight)
+
+
+def _check_residual(x: Tensor, residual: Tensor) -> None:
+    check_float("residual", residual, x.dtype)
+    if residual.shape != x.shape:
+        Shapes().match("residual", residual, *x.shape)
+    check_device(x.device, residual=residual)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
@@ -39,7 +53,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
     Returns:
         ``x * rsqrt(mean(x^2) + eps) * weight``, computed in fp32 and rounded once to ``x.dtype``.
     """
-    _check(x, weight)
+    _check(x, weight, eps)
     return deliver(norm_fp32(x, weight, eps).to(x.dtype), out)
 
 
@@ -63,8 +77,9 @@ def add_rms_norm(
         ``(y, new_residual)``: ``new_residual = x + residual`` rounded to the dtype, and ``y`` the
         norm of that rounded sum, so the pair equals an addition followed by ``rms_norm`` bitwise.
     """
-    _check(x, weight, residual)
-    y_out, residual_out = out if out is not None else (None, None)
+    _check(x, weight, eps)
+    _check_residual(x, residual)
+    y_out, residual_out = check_buffers(out, 2)
     new_residual = x + residual
     y = norm_fp32(new_residual, weight, eps).to(x.dtype)
     return deliver(y, y_out), deliver(new_residual, residual_out, "out[1]")
@@ -85,5 +100,6 @@ def rms_norm_add(
     Returns:
         ``residual + rms_norm(x)``, computed in fp32 and rounded once after the addition.
     """
-    _check(x, weight, residual)
+    _check(x, weight, eps)
+    _check_residual(x, residual)
     return deliver((residual.float() + norm_fp32(x, weight, eps)).to(x.dtype), out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from exafuse.reference._check import Shapes, check_float, deliver
+from exafuse.reference._check import Shapes, check_device, check_float, deliver
 
 
 def silu_and_mul(gate_up: Tensor, up: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -21,8 +21,10 @@ def silu_and_mul(gate_up: Tensor, up: Tensor | None = None, *, out: Tensor | Non
         ``[..., intermediate_size]`` in the dtype of the input.
     """
     check_float("gate_up" if up is None else "gate", gate_up)
+    if gate_up.dim() == 0:
+        raise ValueError("gate_up: expected (..., 2 * intermediate_size), got ()")
     if up is None:
-        if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+        if gate_up.shape[-1] % 2:
             raise ValueError(
                 f"gate_up: expected (..., 2 * intermediate_size), got {tuple(gate_up.shape)}"
             )
@@ -30,5 +32,6 @@ def silu_and_mul(gate_up: Tensor, up: Tensor | None = None, *, out: Tensor | Non
     else:
         check_float("up", up, gate_up.dtype)
         Shapes().match("up", up, *gate_up.shape)
+        check_device(gate_up.device, up=up)
         gate = gate_up
     return deliver((F.silu(gate.float()) * up.float()).to(gate.dtype), out)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from exafuse.ops.registered.library import differentiate, direct, like, register, registered
 from exafuse.reference import backward
-from exafuse.reference._check import deliver, needs_grad
-from exafuse.reference.qk_norm_rope import Qkv, split_qkv
+from exafuse.reference._check import check_buffers, deliver, needs_grad
+from exafuse.reference.qk_norm_rope import Qkv, qkv_parts, split_qkv
 
 _QKV = "Tensor q, Tensor? k, Tensor? v, SymInt num_heads, SymInt num_kv_heads"
 _ROPE = "Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, Tensor? positions, float eps"
@@ -126,10 +126,8 @@ def qk_norm_rope(
     qkv: Qkv, *arguments: Any, out: tuple[Tensor, Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`exafuse.reference.qk_norm_rope`, v in memory of its own."""
-    q, k, v = qkv if isinstance(qkv, tuple) else (qkv, None, None)
-    results = registered.qk_norm_rope(q, k, v, *arguments)
-    buffers = out if out is not None else (None, None, None)
-    q, k, v = (deliver(x, buffer) for x, buffer in zip(results, buffers, strict=True))
+    results = registered.qk_norm_rope(*qkv_parts(qkv), *arguments)
+    q, k, v = _deliver_all(results, out)
     return q, k, v
 
 
@@ -142,7 +140,7 @@ def qk_norm_rope_cache(
     out: Tensor | None = None,
 ) -> Tensor:
     """As :func:`exafuse.reference.qk_norm_rope_cache`."""
-    q, k, v = qkv if isinstance(qkv, tuple) else (qkv, None, None)
+    q, k, v = qkv_parts(qkv)
     if needs_grad(q, k, v, k_cache, v_cache, *arguments[2:4]):
         raise ValueError("qk_norm_rope_cache has no gradient: call it under torch.no_grad()")
     result = registered.qk_norm_rope_cache(q, k, v, *arguments, k_cache, v_cache, slot_mapping)
@@ -162,5 +160,10 @@ def apply_rope(
     packed = (q.flatten(1), k.flatten(1), k.flatten(1))
     heads = q.shape[1], k.shape[1]
     results = registered.qk_norm_rope(*packed, *heads, None, None, cos, sin, positions, 0.0)
-    buffers = out if out is not None else (None, None)
-    return deliver(results[0], buffers[0]), deliver(results[1], buffers[1])
+    q, k = _deliver_all(results[:2], out)
+    return q, k
+
+
+def _deliver_all(results: tuple[Tensor, ...], out: Any) -> list[Tensor]:
+    buffers = check_buffers(out, len(results))
+    return [deliver(x, buffers[i], f"out[{i}]") for i, x in enumerate(results)]

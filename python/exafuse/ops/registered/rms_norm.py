@@ -8,7 +8,7 @@ from torch import Tensor
 
 from exafuse.ops.registered.library import differentiate, direct, like, register, registered
 from exafuse.reference import backward
-from exafuse.reference._check import deliver
+from exafuse.reference._check import check_buffers, deliver
 
 register(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
@@ -93,5 +93,5 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`exafuse.reference.add_rms_norm`."""
     y, new_residual = registered.add_rms_norm(x, residual, weight, eps)
-    y_out, residual_out = out if out is not None else (None, None)
-    return deliver(y, y_out), deliver(new_residual, residual_out)
+    y_out, residual_out = check_buffers(out, 2)
+    return deliver(y, y_out), deliver(new_residual, residual_out, "out[1]")
