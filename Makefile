@@ -70,7 +70,7 @@ $(STAMPS)/test: $(BUILD_FILES) $(STAMPS)/tools
 	@$(BIN)/python cmake/build_backend.py
 	@needed="$$($(BIN)/python cmake/build_backend.py --requirements)"; \
 	  test -z "$$needed" || $(INSTALL) $$needed
-	@$(INSTALL) --no-build-isolation --editable ".[demo,bench,quant,dev]"
+	@$(INSTALL) --no-build-isolation --editable ".[demo,bench,quant,serve,dev]"
 	@touch $@
 
 # What the tests of images and clips read: photographs and clips inside two packages that nobody
