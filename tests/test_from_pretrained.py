@@ -21,8 +21,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"head": "question_answering"}, "head: not available"),
-        ({"num_labels": 3}, "num_labels: not available"),
+        ({"head": "regression"}, "head: expected None or one of causal_lm, base, .*'regression'"),
+        ({"num_labels": 3}, "num_labels: expected None for a language model, got 3"),
         ({"quantize": "int8"}, "quantize: not available"),
         ({"mtp": True}, "mtp: expected a checkpoint with"),
         ({"dtype": "float8"}, "dtype: expected"),

@@ -7,21 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from exafuse.config.fields import Fields
+from exafuse.config.head import ARCHITECTURES
 from exafuse.strict_json import shorten
-
-_HEADS: Final = (
-    "ForCausalLM",
-    "Model",
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForQuestionAnswering",
-)
-_ARCHITECTURES: Final[dict[str, tuple[str, ...]]] = {
-    "llama": tuple(f"Llama{head}" for head in _HEADS),
-    "qwen2": tuple(f"Qwen2{head}" for head in _HEADS),
-    "exaone4": tuple(f"Exaone4{head}" for head in _HEADS),
-    "exaone4_5": ("Exaone4_5_ForConditionalGeneration", "Exaone4_5_Model"),
-}
 
 # Keys by which a file could ask a loader to run or fetch something. Reported, never acted on.
 _ACTIVE: Final = (
@@ -56,6 +43,7 @@ _PASSED_OVER: Final = frozenset(
         "label2id",
         "num_labels",
         "problem_type",
+        "token_classification_bias",
         # EXAONE: sizes said twice, names of tokens, the draft module
         "_num_mtp_layers",
         "max_window_layers",
@@ -76,10 +64,10 @@ _LISTED: Final = 12
 
 def check_architectures(fields: Fields, model_type: str) -> None:
     """``architectures``, where given, must name classes of the family that ``model_type`` names."""
-    known = _ARCHITECTURES[model_type]
+    known = tuple(ARCHITECTURES[model_type].values())
     for name in fields.strings("architectures") or ():
         if name not in known:
-            owners = [family for family, names in _ARCHITECTURES.items() if name in names]
+            owners = [family for family, names in ARCHITECTURES.items() if name in names.values()]
             got = shorten(name) + "".join(f", which belongs to model_type {o}" for o in owners)
             expected = f"for model_type {model_type} one of {', '.join(known)}"
             raise fields.error("architectures", expected, got)

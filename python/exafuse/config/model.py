@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal
 
+from exafuse.config.head import ARCHITECTURES, LANGUAGE_MODEL, HeadConfig, ProblemType, another_head
 from exafuse.config.layer_plan import FULL, SLIDING, LayerPlan, LayerType, plan_layers
 from exafuse.config.rope import RopeConfig
 from exafuse.config.vision import VisionConfig
@@ -16,12 +17,6 @@ DType = Literal["bfloat16", "float16", "float32"]
 ModelType = Literal["llama", "qwen2", "exaone4", "exaone4_5"]
 
 _TILE: Final = 128  # tokens; kernels walk the cache in such tiles
-_ARCHITECTURE: Final = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "exaone4": "Exaone4ForCausalLM",
-    "exaone4_5": "Exaone4_5_ForConditionalGeneration",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +61,27 @@ class ModelConfig:
     image_token_id: int | None = None  # stands in the text for one token of an image
     video_token_id: int | None = None
     mtp_layer_types: tuple[LayerType, ...] = ()
+    head: HeadConfig = LANGUAGE_MODEL
+
+    @property
+    def num_labels(self) -> int:
+        """Classes that the head tells apart; 0 for a head that has none."""
+        return len(self.head.labels)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Names of the classes by their ids."""
+        return dict(enumerate(self.head.labels))
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """Ids of the classes by their names."""
+        return {name: index for index, name in self.id2label.items()}
+
+    @property
+    def problem_type(self) -> ProblemType | None:
+        """The loss of a sequence classification; None = by number and dtype of the labels."""
+        return self.head.problem_type
 
     @cached_property
     def layers(self) -> tuple[LayerPlan, ...]:
@@ -84,15 +100,28 @@ class ModelConfig:
         kinds = (*self.mtp_layer_types, *[new] * number)[:number]
         return dataclasses.replace(self, mtp_layer_types=kinds)
 
+    def with_head(self, kind: str | None, num_labels: int | None) -> ModelConfig:
+        """The same body with another head; arguments as for ``load_config``, None = this one's.
+
+        Raises:
+            ValueError: the family has no such head, or the number of labels contradicts theirs.
+        """
+        head = another_head(self.head, self.model_type, kind, num_labels)
+        drafts = self.mtp_layer_types if head.kind == "causal_lm" else ()
+        return dataclasses.replace(self, head=head, mtp_layer_types=drafts)
+
     def num_parameters(self) -> int:
-        """Number of weights, tower and draft module included; a tied head is counted once."""
+        """Number of weights, tower, draft module and head included; a tied output matrix is counted
+        once."""
         hidden, width = self.hidden_size, self.intermediate_size
         q_rows = self.num_heads * self.head_dim
         qkv_rows = q_rows + 2 * self.num_kv_heads * self.head_dim
         layer = hidden * (qkv_rows + q_rows + 3 * width) + 2 * hidden
         layer += self.qkv_bias * qkv_rows + self.o_bias * hidden
         layer += self.mlp_bias * (2 * width + hidden) + self.qk_norm * 2 * self.head_dim
-        embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
+        has_matrix = self.head.kind == "causal_lm" and not self.tie_word_embeddings
+        embeddings = self.vocab_size * hidden * (2 if has_matrix else 1)
+        embeddings += self.head.num_parameters(hidden)
         total = embeddings + self.num_layers * layer + hidden
         if self.vision is not None:
             total += self.vision.num_parameters()
@@ -122,8 +151,9 @@ class ModelConfig:
             ConfigError: it is the text part of a larger model.
         """
         text = self._text_dict()
+        architecture = ARCHITECTURES[self.model_type][self.head.kind]
         if self.model_type != "exaone4_5":
-            return {"architectures": [_ARCHITECTURE[self.model_type]], **text}
+            return {"architectures": [architecture], **text, **self.head.to_dict()}
         if self.vision is None:
             raise ConfigError(
                 "exaone4_5: expected a whole model to write, got its text part alone; "
@@ -134,7 +164,7 @@ class ModelConfig:
         if self.mtp_layer_types:
             text["num_nextn_predict_layers"] = len(self.mtp_layer_types)
         return {
-            "architectures": [_ARCHITECTURE[self.model_type]],
+            "architectures": [architecture],
             "model_type": self.model_type,
             "image_token_id": self.image_token_id,
             "video_token_id": self.video_token_id,

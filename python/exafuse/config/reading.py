@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final, cast
 
 from exafuse.config.fields import REQUIRED, Fields
+from exafuse.config.head import HeadConfig, read_head
 from exafuse.config.keys import check_architectures, check_unimplemented, report_unread
 from exafuse.config.layer_plan import (
     LayerPlan,
@@ -71,14 +72,22 @@ _DEFAULTS: Final[dict[str, _Defaults]] = {
 }
 
 
-def load_config(source: str | Path | Mapping[str, object]) -> ModelConfig:
+def load_config(
+    source: str | Path | Mapping[str, object],
+    *,
+    head: str | None = None,
+    num_labels: int | None = None,
+) -> ModelConfig:
     """Read and check a model's configuration.
 
     Args:
         source: a checkpoint folder, the path of a config.json, or the parsed object itself.
+        head: another head than the file's, by its kind: see :class:`HeadConfig`.
+        num_labels: of a head that classifies, where the file does not name its labels.
 
     Raises:
         ConfigError: naming file and field, what was expected and what came.
+        ValueError: ``head`` or ``num_labels`` is impossible, or contradicts the file.
 
     A file of "exaone4_5" without ``vision_config`` describes its text part alone.
     """
@@ -100,9 +109,10 @@ def load_config(source: str | Path | Mapping[str, object]) -> ModelConfig:
     model_type = _read_model_type(fields)
     check_architectures(fields, model_type)
     check_unimplemented(fields)
+    kind = read_head(fields, model_type, head, num_labels)
     if model_type == "exaone4_5":
-        return _read_exaone4_5(fields)
-    config = _read_text_model(fields, fields, model_type)
+        return _read_exaone4_5(fields, kind)
+    config = _read_text_model(fields, fields, model_type, kind)
     report_unread(fields)
     return config
 
@@ -114,7 +124,7 @@ def _read_model_type(fields: Fields) -> ModelType:
     return cast(ModelType, model_type)
 
 
-def _read_exaone4_5(fields: Fields) -> ModelConfig:
+def _read_exaone4_5(fields: Fields, head: HeadConfig) -> ModelConfig:
     """Language model, vision tower, draft module. The fields of the first are those of
     ``text_config``: copies beside it are never read."""
     text = fields.section("text_config")
@@ -123,13 +133,12 @@ def _read_exaone4_5(fields: Fields) -> ModelConfig:
     if text.string("model_type", "exaone4") not in ("exaone4", "exaone4_5_text"):
         raise text.error("model_type", "exaone4 or exaone4_5_text")
     check_unimplemented(text)
-    config = _read_text_model(text, fields, "exaone4_5")
+    config = _read_text_model(text, fields, "exaone4_5", head)
     vision = fields.section("vision_config")
     if vision is not None:
         config = _with_vision(config, vision, fields)
-    config = config.with_mtp_layers(
-        _read_num_mtp_layers(fields, text, default=len(config.mtp_layer_types))
-    )
+    number = _read_num_mtp_layers(fields, text, default=len(config.mtp_layer_types))
+    config = config.with_mtp_layers(number if head.kind == "causal_lm" else 0)
     _check_size(text, config)
     report_unread(text, known=("architectures", "tie_word_embeddings"))
     report_unread(fields, known=text.known())
@@ -158,7 +167,9 @@ def _read_num_mtp_layers(fields: Fields, text: Fields, default: int) -> int:
     return default
 
 
-def _read_text_model(fields: Fields, top: Fields, model_type: ModelType) -> ModelConfig:
+def _read_text_model(
+    fields: Fields, top: Fields, model_type: ModelType, head: HeadConfig
+) -> ModelConfig:
     """The decoder. ``top`` is the outermost object of the file, where dtype and tying live."""
     default = _DEFAULTS[model_type]
     vocab_size = fields.integer("vocab_size", default.vocab_size, 1, MAX_VOCAB)
@@ -218,6 +229,7 @@ def _read_text_model(fields: Fields, top: Fields, model_type: ModelType) -> Mode
         ),
         dtype=_read_dtype(top, fields),
         attention_dropout=fields.optional_number("attention_dropout", 0.0, 1.0) or 0.0,
+        head=head,
     )
     _check_size(fields, config)
     return config

@@ -6,14 +6,14 @@ other, at plain 1-D positions.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor, nn
 
 from exafuse.config import ModelConfig
 from exafuse.errors import ConfigError
+from exafuse.models.backbone import Backbone
 from exafuse.models.causal_lm import CausalLM
+from exafuse.models.heads import BaseModel
 from exafuse.models.placeholders import Placeholders, VisionInputs
 from exafuse.models.text_model import TextModel
 from exafuse.models.vision_layout import read_grids
@@ -33,14 +33,12 @@ class Exaone4_5Model(nn.Module):
         self.visual = VisionTower(config.vision)
 
 
-class Exaone4_5(CausalLM):
-    """EXAONE 4.5 with its vision tower; made by ``from_pretrained`` or ``from_config``."""
+class VisionBackbone(Backbone):
+    """A body with a vision tower beside the language model."""
 
     has_vision = True
+    trunk = Exaone4_5Model
     model: Exaone4_5Model
-
-    def __init__(self, config: ModelConfig, backend: ModuleType) -> None:
-        super().__init__(config, backend, trunk=Exaone4_5Model)
 
     @property
     def text(self) -> TextModel:
@@ -93,3 +91,11 @@ class Exaone4_5(CausalLM):
             return input_ids.to(self.device).eq(token_id)
         assert embeds is not None
         return embeds.eq(self.text.embed_tokens.weight[token_id]).all(-1)
+
+
+class Exaone4_5(VisionBackbone, CausalLM):
+    """EXAONE 4.5 with its vision tower; made by ``from_pretrained`` or ``from_config``."""
+
+
+class Exaone4_5Base(VisionBackbone, BaseModel):
+    """EXAONE 4.5 without its output matrix and draft module."""

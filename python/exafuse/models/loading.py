@@ -11,17 +11,33 @@ import torch
 from torch import nn
 
 from exafuse.config import ModelConfig, load_config
+from exafuse.config.head import HeadKind
 from exafuse.config.model import DType
 from exafuse.generation.config import GenerationConfig
 from exafuse.layers import RMSNorm, resolve_backend
+from exafuse.models.backbone import Backbone
 from exafuse.models.causal_lm import CausalLM
-from exafuse.models.exaone4_5 import Exaone4_5
+from exafuse.models.exaone4_5 import Exaone4_5, Exaone4_5Base
+from exafuse.models.heads import (
+    BaseModel,
+    QuestionAnswerer,
+    SequenceClassifier,
+    TokenClassifier,
+)
 from exafuse.weights.checkpoint import Checkpoint
 from exafuse.weights.hub import resolve_folder
 from exafuse.weights.loading import load_weights
 from exafuse.weights.memory import check_fits
 from exafuse.weights.names import num_mtp_layers
 
+CLASSES: dict[HeadKind, type[Backbone]] = {
+    "causal_lm": CausalLM,
+    "base": BaseModel,
+    "sequence_classification": SequenceClassifier,
+    "token_classification": TokenClassifier,
+    "question_answering": QuestionAnswerer,
+}
+VISION_CLASSES: dict[HeadKind, type[Backbone]] = {"causal_lm": Exaone4_5, "base": Exaone4_5Base}
 DTYPES: dict[DType, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -43,7 +59,7 @@ def from_pretrained(
     *,
     progress: bool = True,
     check_finite: bool = False,
-) -> CausalLM:
+) -> Backbone:
     """Load a checkpoint folder or a Hub name.
 
     Args:
@@ -53,7 +69,13 @@ def from_pretrained(
         device: None = the GPU if there is one, else the CPU.
         device_map: a single device, spelled as in accelerate ("cuda:0", {"": 0}).
         backend: "auto" (kernels where they can run), "cuda", "emulated" or "reference".
-        head, num_labels, quantize: not in this version; anything but None is a ValueError.
+        head: None = what ``architectures`` in config.json names, a language model where that is
+            nothing or a bare model; or "causal_lm", "base" (hidden states),
+            "sequence_classification", "token_classification", "question_answering". What the file
+            lacks of a head that is asked for by name is initialised, with a warning; what it has
+            of another is left out.
+        num_labels: of a head that classifies; None = the file's (``id2label``), else 2.
+        quantize: not in this version; anything but None is a ValueError.
         revision: of a Hub repository.
         mtp: load the draft module; None = if the file has it, True = a ValueError if it does not.
         progress: show a bar while loading (never when stderr is not a terminal).
@@ -62,12 +84,14 @@ def from_pretrained(
     Raises:
         ConfigError, CheckpointError: the folder's files are not what they must be.
         DoesNotFitError: the weights do not fit the free memory; nothing has been read.
+        ValueError: an argument is impossible, or ``num_labels`` contradicts the file.
     """
-    _refuse(head=head, num_labels=num_labels, quantize=quantize)
+    _refuse(quantize=quantize)
     functions = resolve_backend(backend)
     target = _device(device, device_map, backend)
     folder = resolve_folder(str(folder_or_name), revision)
-    config = _with_mtp(load_config(folder), folder, mtp)
+    config = load_config(folder, head=head, num_labels=num_labels)
+    config = _with_mtp(config, folder, mtp)
     kind = _dtype(dtype, config)
     if dtype not in (None, "auto"):  # else the file decides, and loading compares
         check_fits(config.num_parameters() * kind.itemsize, target, f"the weights of {folder}")
@@ -81,9 +105,11 @@ def from_pretrained(
         tie_word_embeddings=config.tie_word_embeddings,
         check_finite=check_finite,
         progress=progress,
+        new_head_std=None if head is None else config.initializer_range,
     )
     model.config = _as_loaded(config, model.dtype)
-    model.generation_config = GenerationConfig.from_folder(folder, config)
+    if isinstance(model, CausalLM):
+        model.generation_config = GenerationConfig.from_folder(folder, config)
     return model
 
 
@@ -95,28 +121,31 @@ def from_config(
     *,
     backend: str = "auto",
     seed: int | None = None,
-) -> CausalLM:
+    num_labels: int | None = None,
+) -> Backbone:
     """A model with random weights, made on the device: matrices N(0, initializer_range), norms 1.
 
     Args:
         config: a ModelConfig, a dict as in config.json, or a path to one.
         dtype, device, backend: as in :func:`from_pretrained`.
-        head: not in this version.
+        head, num_labels: as in :func:`from_pretrained`; None = the config's.
         seed: of a private generator; None = torch's global one.
     """
-    _refuse(head=head)
-    if not isinstance(config, ModelConfig):
-        config = load_config(config)
+    if isinstance(config, ModelConfig):
+        config = config.with_head(head, num_labels)
+    else:
+        config = load_config(config, head=head, num_labels=num_labels)
     target, kind = _device(device, None, backend), _dtype(dtype, config)
     check_fits(config.num_parameters() * kind.itemsize, target, "the random weights")
     with torch.device("meta"):
         model = model_class(config)(config, resolve_backend(backend))
     model = model.to(kind).to_empty(device=target)
-    if config.tie_word_embeddings:
+    if isinstance(model, CausalLM) and config.tie_word_embeddings:
         model.lm_head.weight = model.text.embed_tokens.weight
     _init_weights(model, config.initializer_range, seed)
     model.config = _as_loaded(config, kind)
-    model.generation_config = GenerationConfig.from_model_config(config)
+    if isinstance(model, CausalLM):
+        model.generation_config = GenerationConfig.from_model_config(config)
     return model
 
 
@@ -126,13 +155,18 @@ def _refuse(**options: object) -> None:
             raise ValueError(f"{name}: not available in this version, expected None, got {value!r}")
 
 
-def model_class(config: ModelConfig) -> type[CausalLM]:
+def model_class(config: ModelConfig) -> type[Backbone]:
     """The class that runs this model."""
-    return Exaone4_5 if config.model_type == "exaone4_5" else CausalLM
+    classes = VISION_CLASSES if config.model_type == "exaone4_5" else CLASSES
+    return classes[config.head.kind]
 
 
 def _with_mtp(config: ModelConfig, folder: Path, mtp: bool | None) -> ModelConfig:
     """The config with as many draft layers as are to be loaded: the file's weights decide."""
+    if config.head.kind != "causal_lm":
+        if mtp:
+            raise ValueError(f"mtp: expected None or False for {config.head.describe()}, got True")
+        return config.with_mtp_layers(0)
     number = 0
     if config.model_type == "exaone4_5" and mtp is not False:
         number = num_mtp_layers(Checkpoint.open(folder).tensors)

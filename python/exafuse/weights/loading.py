@@ -21,6 +21,7 @@ from exafuse.weights.checkpoint import Checkpoint
 from exafuse.weights.memory import check_fits
 from exafuse.weights.names import (
     HEAD,
+    HEAD_TENSORS,
     MERGES,
     Part,
     Slot,
@@ -56,12 +57,16 @@ def load_weights(
     tie_word_embeddings: bool,
     check_finite: bool = False,
     progress: bool = False,
+    new_head_std: float | None = None,
 ) -> None:
     """Fill a model that was built on the meta device from a checkpoint folder, shard by shard.
 
     The names must match exactly; only rotary tables, and ``mtp.*`` where the model has no such
     module, may be left over. The memory used
     beyond the model's own is one chunk of a few MiB. A model is changed only when all is read.
+
+    A backbone may have any of its prefixes in the file, whatever the head. A head that the user has
+    chosen instead of the file's may be missing there, and the file's be left over.
 
     Args:
         model: parameters named as in the checkpoint, but for ``MERGES``; on the meta device.
@@ -72,6 +77,8 @@ def load_weights(
             than the embedding, the file's is used, untied, with a warning (as transformers does).
         check_finite: raise if a loaded tensor holds NaN or Inf.
         progress: show a progress bar, if standard error is a terminal.
+        new_head_std: allow for another head than the file's: what the file lacks of it is drawn
+            from N(0, new_head_std), biases 0, with a warning. None = the head is the file's.
 
     Raises:
         CheckpointError: a file is malformed, or its tensors are not those of the model.
@@ -82,18 +89,21 @@ def load_weights(
     wanted = _parse_dtype(dtype)
     checkpoint = Checkpoint.open(folder)
     slots = checkpoint_slots(model)
-    sources = _match(checkpoint, slots, tie_word_embeddings)
+    sources = _match(checkpoint, slots, tie_word_embeddings, new_head_std is not None)
     dtype = wanted or _common_dtype(checkpoint.folder, sources.values())
     tied = HEAD in slots and tie_word_embeddings and _head_is_tied(checkpoint, sources, dtype)
     if tied:
         sources.pop(HEAD, None)
 
     old = dict(model.named_parameters(remove_duplicate=False))
-    names = sorted({slots[name].parameter for name in sources})
+    new_head = sorted(name for name in slots if name not in sources and not (tied and name == HEAD))
+    names = sorted({slots[name].parameter for name in [*sources, *new_head]})
     num_bytes = sum(old[name].numel() for name in names) * dtype.itemsize
     check_fits(num_bytes, device, f"{checkpoint.folder}: the weights in {dtype}")
     new = {name: torch.empty(old[name].shape, dtype=dtype, device=device) for name in names}
     _read_all(checkpoint, sources, slots, new, device, check_finite, progress)
+    if new_head_std is not None and new_head:
+        _make_head(new_head, new, new_head_std, checkpoint.folder)
 
     for name in names:
         _set_parameter(model, name, nn.Parameter(new[name], old[name].requires_grad))
@@ -112,21 +122,47 @@ def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return parsed
 
 
+def _make_head(
+    names: Iterable[str], tensors: Mapping[str, Tensor], std: float, folder: Path
+) -> None:
+    for name in names:
+        if name.endswith("bias"):
+            tensors[name].zero_()
+        else:
+            tensors[name].normal_(0, std)
+    warnings.warn(
+        f"{folder}: {', '.join(names)}: not in the file, initialised at random; train the model "
+        "before its scores mean anything",
+        stacklevel=4,
+    )
+
+
 def _match(
-    checkpoint: Checkpoint, slots: Mapping[str, Slot], tie_word_embeddings: bool
+    checkpoint: Checkpoint, slots: Mapping[str, Slot], tie_word_embeddings: bool, any_head: bool
 ) -> dict[str, TensorInfo]:
-    """Slot name -> tensor of the checkpoint; raises unless names, shapes and dtypes all agree."""
+    """Slot name -> tensor of the checkpoint; raises unless names, shapes and dtypes all agree.
+
+    ``any_head``: the head may be missing, and another be left over.
+    """
     found = _renamed(checkpoint, slots)
-    missing = [name for name in slots if name not in found]
+    others = HEAD_TENSORS if any_head else frozenset()
+    missing = [name for name in slots if name not in found and name not in others]
     if tie_word_embeddings and HEAD in missing:
         missing.remove(HEAD)
+    unexpected = [
+        info.name for name, info in found.items() if name not in slots and name not in others
+    ]
     faults = []
+    if any_head:
+        missing = [name for name in missing if name not in HEAD_TENSORS]
+        unexpected = [
+            name
+            for name in unexpected
+            if split_prefix(name, parts_of(slots))[2] not in HEAD_TENSORS
+        ]
     if missing:
-        hint = (
-            " (no lm_head.weight although tie_word_embeddings is false)" if HEAD in missing else ""
-        )
+        hint = _about_heads(missing, found)
         faults.append(f"{len(missing)} tensors are missing: {first_five(missing)}{hint}")
-    unexpected = [info.name for name, info in found.items() if name not in slots]
     if unexpected:
         faults.append(f"{len(unexpected)} tensors are unexpected: {first_five(unexpected)}")
     misshapen = [
@@ -149,6 +185,20 @@ def _match(
                 "loaded by the library that made it"
             )
     return {name: found[name] for name in slots if name in found}
+
+
+def _about_heads(missing: Collection[str], found: Collection[str]) -> str:
+    """What to do about a head that the file lacks."""
+    if not HEAD_TENSORS.intersection(missing):
+        return ""
+    if HEAD in missing:
+        reason = "no lm_head.weight although tie_word_embeddings is false"
+    else:
+        reason = "architectures in config.json names this head"
+    others = sorted(HEAD_TENSORS.intersection(found).difference(missing))
+    if others:
+        reason += f", and the file has {', '.join(others)}"
+    return f' ({reason}; head="base" loads the model without a head, another head= by its name)'
 
 
 def _renamed(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, TensorInfo]:

@@ -20,6 +20,12 @@ MERGES: dict[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 HEAD = "lm_head.weight"
+# Of every head that a model may have. Which it has, the config says; a file can hold another.
+HEAD_TENSORS = frozenset(
+    (HEAD, "score.weight", "score.bias", "qa_outputs.weight", "qa_outputs.bias")
+)
+# How the names of the backbone begin in a saved file where they do not begin with "model.".
+_SAVED_PREFIXES = {"base": "", "question_answering": "transformer."}
 
 # A checkpoint may hold these without the model having a place for them: rotary tables that very old
 # Llama files carry (they are recomputed), and the draft module of EXAONE 4.5.
@@ -120,6 +126,13 @@ def _rows_of_parts(module: str, parameter: Tensor, model: nn.Module) -> tuple[in
         return config.num_heads * config.head_dim, kv_rows, kv_rows
     count = len(MERGES.get(module, (module,)))
     return (parameter.shape[0] // count,) * count
+
+
+def saved_name(name: str, model: Any) -> str:
+    """What transformers calls this tensor in a file of a model with the head that the config
+    names."""
+    prefix = _SAVED_PREFIXES.get(model.config.head.kind, "model.")
+    return prefix + name.removeprefix("model.") if name.startswith("model.") else name
 
 
 def unmerged_state_dict(model: nn.Module) -> dict[str, Tensor]:

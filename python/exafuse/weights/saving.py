@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from exafuse.weights.checkpoint import INDEX_NAME, WEIGHTS_NAME
-from exafuse.weights.names import HEAD, embedding_name, unmerged_state_dict
+from exafuse.weights.names import HEAD, embedding_name, saved_name, unmerged_state_dict
 from exafuse.weights.safetensors_file import CHUNK_BYTES, DTYPE_NAMES
 
 _OURS = re.compile(
@@ -42,6 +42,7 @@ def save_weights(model: nn.Module, folder: str | Path, max_shard_bytes: int = 5 
             raise ValueError(f"{name}: cannot be saved from {tensor.device} as {tensor.dtype}")
     if HEAD in tensors and tensors[HEAD].is_set_to(tensors[embedding_name(tensors)]):
         del tensors[HEAD]
+    tensors = {saved_name(name, model): tensor for name, tensor in tensors.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _split_into_shards(tensors, max_shard_bytes)
