@@ -129,7 +129,7 @@ def test_what_is_wrong_is_refused_by_name(name: str, emulated: Backend) -> None:
         names = {*call.buffers, *call.mutated, "out"}
         expect("kernels", what, changed, names)
     assert not faults, f"{len(faults)} of {calls.total()}:\n" + "\n".join(faults)
-    assert calls.total() > 150
+    assert calls.total() > 80
     emulated.count(calls["kernels"])
 
 
@@ -152,5 +152,5 @@ def test_tuples_of_the_wrong_length_are_named(path: str, emulated: Backend) -> N
     for op in ("qk_norm_rope", "qk_norm_rope_cache"):
         arguments = CALLS[op].arguments(BF16)
         for qkv in (None, 3, [arguments["qkv"]] * 3, (arguments["qkv"],) * 2, ()):
-            with pytest.raises(TypeError, match="^qkv: expected a torch.Tensor or a tuple of q, k"):
+            with pytest.raises(TypeError, match=r"^qkv: expected a torch.Tensor or a tuple of q"):
                 getattr(module, op)(**{**arguments, "qkv": qkv})
