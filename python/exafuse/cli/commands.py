@@ -16,6 +16,7 @@ from typing import NoReturn
 from exafuse import __version__
 from exafuse.cli import (
     answering,  # noqa: F401  (they enter their commands into the table)
+    benchmarks,  # noqa: F401
     checking,  # noqa: F401
     registry,
 )
