@@ -1,4 +1,5 @@
-// The extension's table of contents: one named-argument entry per op of ops.h. No logic.
+// The extension's table of contents: one named-argument entry per function of ops.h and
+// ops_backward.h. No logic.
 
 #include <pybind11/pybind11.h>
 
@@ -8,6 +9,7 @@
 #include "common/tensor.h"
 #include "common/tensor_caster.h"
 #include "ops.h"
+#include "ops_backward.h"
 
 // The build passes what these say; the fallbacks serve a build by hand.
 #ifndef EXAFUSE_MODULE
@@ -93,4 +95,12 @@ PYBIND11_MODULE(EXAFUSE_MODULE, m) {
   m.def("flash_attn_with_kvcache_workspace", &exafuse::flash_attn_with_kvcache_workspace,
         "total_q"_a, "max_seqlen_q"_a, "num_heads"_a, "head_dim"_a, "key_capacity"_a,
         "window_left"_a);
+
+  m.def("rms_norm_backward", &exafuse::rms_norm_backward, "grad"_a, "x"_a, "weight"_a, "eps"_a,
+        "grad_x"_a, "grad_weight"_a, "workspace"_a, no_gil);
+  m.def("add_rms_norm_backward", &exafuse::add_rms_norm_backward, "grad"_a, "grad_residual"_a,
+        "new_residual"_a, "weight"_a, "eps"_a, "grad_sum"_a, "grad_weight"_a, "workspace"_a,
+        no_gil);
+  m.def("rms_norm_backward_workspace", &exafuse::rms_norm_backward_workspace, "num_rows"_a,
+        "hidden"_a, "element_size"_a);
 }

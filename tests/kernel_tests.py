@@ -24,6 +24,7 @@ _LISTED = (
     ("attention/append*", _DECODE),
     ("attention/*kvcache", _DECODE),
     ("attention/*", _PREFILL),
+    ("sum_partials", ("test_rms_norm_backward.py",)),
 )
 # What bindings.cpp exports of each kernel, where that is not what the test files are called.
 _OPS = (
@@ -35,6 +36,8 @@ _OPS = (
     ("attention/*", ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")),
     ("qk_norm_rope", ("qk_norm_rope", "qk_norm_rope_cache", "apply_rope")),
     ("rms_norm", ("rms_norm", "add_rms_norm", "rms_norm_add")),
+    ("rms_norm_backward", ("rms_norm_backward", "add_rms_norm_backward")),
+    ("sum_partials", ("rms_norm_backward", "add_rms_norm_backward")),
 )
 
 

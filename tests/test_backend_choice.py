@@ -43,7 +43,7 @@ def test_cuda_on_demand_is_an_error_where_it_cannot_run(monkeypatch: pytest.Monk
 
 def test_an_old_build_says_rebuild(monkeypatch: pytest.MonkeyPatch) -> None:
     old = ModuleType("exafuse._C")
-    needed = (*front_door.KERNELS, *front_door.WORKSPACES)
+    needed = (*front_door.KERNELS, *front_door.GRADIENTS, *front_door.WORKSPACES)
     old.__dict__.update({name: None for name in needed if name != "apply_rope"})
     old.__dict__["NotAPlainTensor"] = TypeError
     monkeypatch.setitem(sys.modules, "exafuse._C", old)

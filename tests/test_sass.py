@@ -32,7 +32,8 @@ NEEDED = (
     (r"decode\w*: ", ("HMMA", "LDSM", "LDGSTS")),
     (r"vision_rope: ", ()),  # the rotation of whole frames
     (r"vision\w*: ", ("HMMA", "LDSM")),
-    (r"(rms_norm|qk_norm_rope|silu_and_mul): ", ()),
+    (r"(rms_norm|qk_norm_rope|silu_and_mul)(_backward)?: ", ()),
+    (r"sum_partials: ", ()),
 )
 
 

@@ -1,6 +1,6 @@
 """The compiled extension: kernels on raw tensors, without allocation, gradients or defaults.
 
-Contracts in csrc/ops.h; use :mod:`exafuse.ops`.
+Contracts in csrc/ops.h and csrc/ops_backward.h; use :mod:`exafuse.ops`.
 """
 
 from typing import TypedDict
@@ -135,3 +135,23 @@ def flash_attn_with_kvcache_workspace(
     key_capacity: int,
     window_left: int,
 ) -> int: ...
+def rms_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    grad_x: Tensor,
+    grad_weight: Tensor | None,
+    workspace: Tensor | None,
+) -> None: ...
+def add_rms_norm_backward(
+    grad: Tensor,
+    grad_residual: Tensor,
+    new_residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    grad_sum: Tensor,
+    grad_weight: Tensor | None,
+    workspace: Tensor | None,
+) -> None: ...
+def rms_norm_backward_workspace(num_rows: int, hidden: int, element_size: int) -> int: ...

@@ -18,6 +18,7 @@ from exafuse.errors import BackendError
 from exafuse.ops.attention import AttentionOps
 from exafuse.ops.front_door import (
     BACKENDS,
+    GRADIENTS,
     KERNELS,
     backend_from_environment,
     cuda_problem,
@@ -61,6 +62,10 @@ rms_norm_add = _default.rms_norm_add
 silu_and_mul = _default.silu_and_mul
 vision_attn = _default.vision_attn
 
+# Gradients, for exafuse.ops.registered alone: they belong to no API.
+add_rms_norm_backward = _default.add_rms_norm_backward
+rms_norm_backward = _default.rms_norm_backward
+
 
 @functools.cache
 def for_path(backend: str) -> ModuleType:
@@ -84,7 +89,7 @@ def for_path(backend: str) -> ModuleType:
             f"backend {backend!r} cannot run here: {problem} (`exafuse info` says more)"
         )
     module = ModuleType(f"{__name__}.for_path({backend!r})", __doc__)
-    for name in __all__:
+    for name in (*__all__, *GRADIENTS):
         setattr(module, name, getattr(ops, name))
     module.path = backend  # type: ignore[attr-defined]
     return module

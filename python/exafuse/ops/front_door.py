@@ -47,8 +47,17 @@ KERNELS = (
     "silu_and_mul",
     "vision_attn",
 )
+# The kernels that compute gradients, which the registered ops call.
+GRADIENTS = (
+    "add_rms_norm_backward",
+    "rms_norm_backward",
+)
 # What says how much memory some of them want beside their results.
-WORKSPACES = ("flash_attn_with_kvcache_workspace", "vision_attn_workspace")
+WORKSPACES = (
+    "flash_attn_with_kvcache_workspace",
+    "rms_norm_backward_workspace",
+    "vision_attn_workspace",
+)
 OLDEST_GPU = (8, 0)
 
 _REBUILD = (
@@ -69,6 +78,15 @@ def documented_by(definition: Callable[..., object]) -> Callable[[F], F]:
         return method
 
     return decorate
+
+
+def with_rows(grad: Tensor) -> Tensor:
+    """A gradient as kernels read it: they take any strides between rows, not within them.
+
+    Autograd hands over whatever came: the gradient of a sum is one number, expanded.
+    """
+    mergeable = grad.dim() <= 5 and (grad.dim() == 0 or grad.stride(-1) == 1)
+    return grad if mergeable else grad.contiguous()
 
 
 class FrontDoor:
@@ -263,7 +281,7 @@ def gpu_problem(index: int | None = None) -> str:
 
 
 def _complete(extension: ModuleType) -> ModuleType:
-    needed = (*KERNELS, *WORKSPACES, "NotAPlainTensor")
+    needed = (*KERNELS, *GRADIENTS, *WORKSPACES, "NotAPlainTensor")
     missing = [name for name in needed if not hasattr(extension, name)]
     if missing:
         remedy = _REBUILD

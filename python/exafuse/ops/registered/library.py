@@ -90,3 +90,19 @@ def differentiate(name: str, save: Callable[..., None], formula: Callable[..., A
         formula: ``formula(ctx, *gradients of the results)`` -> one gradient or None an input.
     """
     torch.library.register_autograd(f"exafuse::{name}", formula, setup_context=save, lib=_library)
+
+
+def differentiate_once(name: str) -> None:
+    """Say that an op, which computes a gradient, has none itself.
+
+    torch would give wrong numbers and a warning.
+    """
+
+    def refuse(ctx: Any, *grads: Tensor) -> Any:
+        op = name.removesuffix("_backward")
+        raise NotImplementedError(
+            f"exafuse.ops.{op}: expected one derivative, got a derivative of its gradient; "
+            f"exafuse.reference.{op} has them all"
+        )
+
+    differentiate(name, lambda ctx, inputs, output: None, refuse)

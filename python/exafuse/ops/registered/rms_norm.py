@@ -6,8 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from exafuse.ops.registered.library import differentiate, direct, like, register, registered
-from exafuse.reference import backward
+from exafuse.ops.registered.library import (
+    differentiate,
+    differentiate_once,
+    direct,
+    like,
+    register,
+    registered,
+)
 from exafuse.reference._check import check_buffers, deliver
 
 register(
@@ -26,19 +32,24 @@ register(
     lambda x, residual, weight, eps: (like(x), like(x)),
 )
 register(
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
-    backward.rms_norm,
-    lambda grad, x, weight, eps: (like(x), like(weight)),
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, bool weight_grad)"
+    " -> (Tensor, Tensor)",
+    lambda *arguments: direct.rms_norm_backward(*arguments),
+    lambda grad, x, weight, eps, weight_grad: (like(x), _like_if(weight_grad, weight)),
 )
 register(
     "add_rms_norm_backward(Tensor grad, Tensor grad_residual, Tensor new_residual, Tensor weight,"
-    " float eps) -> (Tensor, Tensor)",
-    backward.add_rms_norm,
-    lambda grad, grad_residual, new_residual, weight, eps: (
+    " float eps, bool weight_grad) -> (Tensor, Tensor)",
+    lambda *arguments: direct.add_rms_norm_backward(*arguments),
+    lambda grad, grad_residual, new_residual, weight, eps, weight_grad: (
         like(new_residual),
-        like(weight),
+        _like_if(weight_grad, weight),
     ),
 )
+
+
+def _like_if(wanted: bool, x: Tensor) -> Tensor:
+    return like(x) if wanted else x.new_empty(0)
 
 
 def _save_normed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -51,24 +62,34 @@ def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     ctx.save_for_backward(output[1], weight)
 
 
+def _norm_gradients(ctx: Any, grad: Tensor, weight_index: int) -> tuple[Tensor, Tensor | None]:
+    """Of x, and of weight if it wants one."""
+    wanted = ctx.needs_input_grad[weight_index]
+    grads = registered.rms_norm_backward(grad, *ctx.saved_tensors, ctx.eps, wanted)
+    return grads[0], grads[1] if wanted else None
+
+
 def _rms_norm_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return (*registered.rms_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None)
+    return (*_norm_gradients(ctx, grad, 1), None)
 
 
 def _rms_norm_add_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grad_x, grad_weight = registered.rms_norm_backward(grad, *ctx.saved_tensors, ctx.eps)
+    grad_x, grad_weight = _norm_gradients(ctx, grad, 2)
     return grad_x, grad, grad_weight, None
 
 
 def _add_rms_norm_gradient(ctx: Any, grad: Tensor, grad_residual: Tensor) -> tuple[Any, ...]:
-    arguments = (grad, grad_residual, *ctx.saved_tensors, ctx.eps)
+    wanted = ctx.needs_input_grad[2]
+    arguments = (grad, grad_residual, *ctx.saved_tensors, ctx.eps, wanted)
     grad_sum, grad_weight = registered.add_rms_norm_backward(*arguments)
-    return grad_sum, grad_sum, grad_weight, None
+    return grad_sum, grad_sum, grad_weight if wanted else None, None
 
 
 differentiate("rms_norm", _save_normed, _rms_norm_gradient)
 differentiate("rms_norm_add", _save_normed, _rms_norm_add_gradient)
 differentiate("add_rms_norm", _save_sum, _add_rms_norm_gradient)
+differentiate_once("rms_norm_backward")
+differentiate_once("add_rms_norm_backward")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
