@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from typing import Any
 
 from exafuse.cli.flags import (
@@ -29,6 +30,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer or processor) of the checkpoint that the arguments name."""
+    from exafuse.config import load_config
+    from exafuse.config.head import require_language_model
     from exafuse.models import from_pretrained
     from exafuse.text.loading import load_processor
     from exafuse.weights.hub import resolve_folder
@@ -39,6 +42,9 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
             f"{folder}: expected a checkpoint folder, with config.json, weights and tokenizer; "
             "it has no config.json"
         )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the config is read again with the model, and speaks then
+        require_language_model(load_config(folder).head, arguments.model, "generate text")
     processor = load_processor(folder)  # first: it is quick, and fails for a folder without one
     model = from_pretrained(
         folder,

@@ -15,6 +15,7 @@ from typing import Any
 
 from exafuse.config import ModelConfig, load_config
 from exafuse.config.layer_plan import FULL
+from exafuse.strict_json import shorten
 from exafuse.weights.hub import resolve_config
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -124,6 +125,8 @@ class Plan:
             "max_position_embeddings": config.max_position_embeddings,
             "vision": None if config.vision is None else dataclasses.asdict(config.vision),
             "num_mtp_layers": len(config.mtp_layer_types),
+            "head": config.head.kind,
+            "labels": list(config.head.labels),
             "rope": dataclasses.asdict(config.rope),
             "num_parameters": config.num_parameters(),
             "weight_bytes": self.weight_bytes,
@@ -150,6 +153,7 @@ class Plan:
             f" {config.num_heads}/{config.num_kv_heads} of {config.head_dim}, vocabulary"
             f" {config.vocab_size:,}",
             *_describe_vision(config),
+            *_describe_head(config),
             f"{config.num_parameters():,} parameters = {format_bytes(self.weight_bytes)} in"
             f" {self.dtype}",
             f"RoPE {_describe_rope(config)}, up to {config.max_position_embeddings:,} positions",
@@ -318,6 +322,15 @@ def _describe_vision(config: ModelConfig) -> list[str]:
     if config.mtp_layer_types:
         lines.append(f"MTP head: {len(config.mtp_layer_types)} layer, with a cache of its own")
     return lines
+
+
+def _describe_head(config: ModelConfig) -> list[str]:
+    """The head of a model that is no language model: it scores texts, and writes none."""
+    if config.head.kind == "causal_lm":
+        return []
+    names = [shorten(name) for name in config.head.labels[:4]]
+    names += ["..."] if config.head.labels[4:] else []
+    return [f"head: {config.head.describe()}" + (f": {', '.join(names)}" if names else "")]
 
 
 def _describe_rope(config: ModelConfig) -> str:

@@ -8,6 +8,7 @@ from typing import Final, Literal, cast
 
 from exafuse.config.fields import REQUIRED, Fields
 from exafuse.config.limits import MAX_VOCAB
+from exafuse.errors import ConfigError
 from exafuse.strict_json import shorten
 
 HeadKind = Literal[
@@ -92,6 +93,20 @@ class HeadConfig:
 
 
 LANGUAGE_MODEL: Final = HeadConfig()
+
+
+def require_language_model(head: HeadConfig, name: str, purpose: str) -> None:
+    """Raise for a checkpoint that has no words to say.
+
+    Raises:
+        ConfigError: naming the checkpoint, what it is and how its scores are had.
+    """
+    if head.kind != "causal_lm":
+        raise ConfigError(
+            f"{name}: expected a language model to {purpose}, got {head.describe()}, as "
+            f"architectures in its config.json says; exafuse.from_pretrained({name!r}) in Python "
+            "gives a model that is called with token ids and returns its scores"
+        )
 
 
 def check_head(head: str | None, num_labels: int | None, model_type: str) -> None:

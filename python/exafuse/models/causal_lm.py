@@ -55,7 +55,8 @@ class CausalLM(Decoder):
                 Masks and windows never read positions. Without a cache and a mask, a jump
                 starts a new packed sequence.
             past_key_values: a cache returned by an earlier call; advanced in place.
-            labels: int64 ``[batch, columns]``, -100 = ignored; shifted inside.
+            labels: int64 ``[batch, columns]``, -100 = ignored; shifted inside. The first token
+                behind padding at the left would be predicted from padding: give it -100.
             use_cache: return a cache. None = the config's wish, unless a gradient is needed.
             logits_to_keep: last n columns (0 = all), or a 1-D tensor of columns.
             output_hidden_states: also return the embeddings and every layer's output.
@@ -71,7 +72,7 @@ class CausalLM(Decoder):
         """
         vision = VisionInputs(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         embeds = self._embed(input_ids, inputs_embeds, output_attentions, vision)
-        check_kept(logits_to_keep, labels, embeds.shape[0], embeds.shape[1])
+        check_kept(logits_to_keep, labels, tuple(embeds.shape[:2]), self.config.vocab_size)
         body = self._body(
             embeds, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states
         )

@@ -16,17 +16,16 @@ _INTEGERS = (torch.int64, torch.int32)
 
 
 def check_kept(
-    logits_to_keep: int | Tensor, labels: Tensor | None, batch: int, columns: int
+    logits_to_keep: int | Tensor, labels: Tensor | None, shape: tuple[int, ...], vocab_size: int
 ) -> None:
-    """Raise for labels or a choice of columns that do not fit ``[batch, columns]``."""
+    """Raise for labels or a choice of columns that do not fit ``shape``, batch and columns."""
     if isinstance(logits_to_keep, int) and logits_to_keep < 0:
         raise ValueError(f"logits_to_keep: expected 0 (all) or more, got {logits_to_keep}")
     if labels is None:
         return
-    if isinstance(logits_to_keep, Tensor) or logits_to_keep or labels.shape != (batch, columns):
-        raise ValueError(
-            f"labels: expected {(batch, columns)} (keep all logits), got {tuple(labels.shape)}"
-        )
+    if isinstance(logits_to_keep, Tensor) or logits_to_keep or labels.shape != shape:
+        raise ValueError(f"labels: expected {shape} (keep all logits), got {tuple(labels.shape)}")
+    check_class_ids("labels", labels, shape, vocab_size)
 
 
 def causal_lm_loss(

@@ -25,7 +25,8 @@ class TextModel(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # As in transformers, the embedding of the id that pads is not trained, though it be eos.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         layer = LAYERS[config.model_type]
         self.layers = nn.ModuleList(layer(config, plan) for plan in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

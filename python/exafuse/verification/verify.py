@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from exafuse.config import ModelConfig, load_config
+from exafuse.config.head import require_language_model
 from exafuse.errors import BackendError, TemplateError
 from exafuse.generation.settings import context_length
 from exafuse.verification.pictures import with_pictures
@@ -61,10 +62,12 @@ def verify(
 
     Raises:
         ValueError: a side against itself, or unknown names.
+        ConfigError: the checkpoint is no language model.
         Whatever ``from_pretrained`` raises.
     """
     folder = resolve_folder(folder_or_name)
     config = load_config(folder)
+    require_language_model(config.head, str(folder_or_name), "verify")
     ids = _prompt_ids(folder, config, prompt)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "progress": progress}
     return compare_folder(
