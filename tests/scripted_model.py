@@ -49,7 +49,7 @@ class ScriptedModel:
     def next_logits(
         self, input_ids: Tensor, cache: ScriptedCache, attention_mask=None, progress=None
     ) -> Tensor:
-        self.calls.append(input_ids)
+        self.calls.append(input_ids.clone())  # the loop writes the next ones over them
         cache.length += input_ids.shape[1]
         if progress is not None:
             progress(input_ids.shape[1], input_ids.shape[1])

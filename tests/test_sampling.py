@@ -287,15 +287,17 @@ def test_the_last_draw_can_be_revoked() -> None:
     expected = [sampling.draw(scores).tolist() for _ in range(3)]
     torch.manual_seed(3)
     draw = sampling.TokenDraw(None, CPU)
-    assert draw(scores).tolist() == expected[0]
-    assert draw(scores).tolist() == expected[1]
+    for ids in expected[:2]:
+        with draw.noted():
+            assert draw.once(scores).tolist() == ids
     draw.revoke()
     assert sampling.draw(scores).tolist() == expected[1], "the second draw never happened"
 
 
 def test_revoking_never_rewinds_what_others_drew() -> None:
     draw = sampling.TokenDraw(None, CPU)
-    draw(random_scores())
+    with draw.noted():
+        draw.once(random_scores())
     torch.rand(1)
     state = torch.get_rng_state()
     draw.revoke()
@@ -305,7 +307,8 @@ def test_revoking_never_rewinds_what_others_drew() -> None:
 def test_a_private_draw_leaves_the_global_generator_alone() -> None:
     scores, state = random_scores(), torch.get_rng_state()
     draw = sampling.TokenDraw(7, CPU)
-    draw(scores)
+    with draw.noted():
+        draw.once(scores)
     draw.revoke()
     assert torch.equal(torch.get_rng_state(), state)
 

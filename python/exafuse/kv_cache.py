@@ -138,17 +138,25 @@ class KVCache:
             columns: of the padded input.
             mask: bool ``[batch, columns]`` on the CPU, where the tokens are; None = everywhere.
         """
+        uniform = len(set(new_lengths)) == 1
+        step: int | Tensor = new_lengths[0]
+        if not uniform:
+            step = torch.tensor(new_lengths, dtype=torch.int32).to(self.seqlens.device)
+        self.seqlens = self.seqlens + step
+        self._count(new_lengths, columns, mask)
+
+    def count_step(self) -> None:
+        """Count one token of every row that the device has counted by itself."""
+        self._count([1] * self.batch_size, 1, None)
+        self.num_positions += 1
+
+    def _count(self, new_lengths: list[int], columns: int, mask: Tensor | None) -> None:
         last = self._blocks[-1] if self._blocks else None
         if mask is None and isinstance(last, Block) and last.mask is None:
             self._blocks[-1] = Block(last.columns + columns, None)
         else:
             self._blocks.append(Block(columns, mask))
-        uniform = len(set(new_lengths)) == 1
-        step: int | Tensor = new_lengths[0]
-        if not uniform:
-            step = torch.tensor(new_lengths, dtype=torch.int32).to(self.seqlens.device)
         self.lengths = [old + new for old, new in zip(self.lengths, new_lengths, strict=True)]
-        self.seqlens = self.seqlens + step
         self.seen += columns
         self.high_water = [max(pair) for pair in zip(self.high_water, self.lengths, strict=True)]
 

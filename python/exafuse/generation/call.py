@@ -82,6 +82,7 @@ class Call:
     keep_scores: bool
     progress: Progress | None
     media: Mapping[str, Tensor]
+    cuda_graph: bool = False
 
     @cached_property
     def total(self) -> int:
@@ -106,7 +107,31 @@ class Call:
         """Tokens a row of the cache is made for."""
         columns = self.prompt.ids.shape[1]
         grown = min(self.total, columns + _RESERVED_TOKENS)
-        return self.total if self.settings.static_cache else grown
+        return self.total if self.settings.static_cache or self.cuda_graph else grown
+
+    @property
+    def end(self) -> int:
+        """Tokens of the longest row at most, its answer included."""
+        return self.prompt.longest + self.total - self.prompt.ids.shape[1]
+
+    @property
+    def no_text(self) -> Tensor:
+        """int64 ``[batch, 0]``, for a chain without callables, which alone look at the text."""
+        return self.prompt.ids[:, :0]
+
+    def rope_change(self, num_draft_tokens: int = 0) -> int | None:
+        """The number of positions beyond which RoPE takes other frequencies, if the answer may get
+        there from below; None if it cannot."""
+        rope = self.model.config.rope
+        limits = {
+            "dynamic": self.model.config.max_position_embeddings,
+            "longrope": rope.original_max_position_embeddings,
+        }
+        limit = limits.get(rope.rope_type)
+        if limit is None or self.end + num_draft_tokens <= limit:
+            return None
+        from_below = rope.rope_type == "dynamic" or self.prompt.longest <= limit
+        return limit if from_below else None
 
     @property
     def do_sample(self) -> bool:

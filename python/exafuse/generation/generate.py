@@ -11,12 +11,14 @@ from torch import Tensor
 
 from exafuse.generation.call import Call, GenerativeModel, Progress
 from exafuse.generation.config import GenerationConfig
+from exafuse.generation.decoding import decode
+from exafuse.generation.graphs import say_once
 from exafuse.generation.output import DraftStats, GenerateOutput
 from exafuse.generation.prompts import read_prompt, split_mapping
-from exafuse.generation.sampling import LogitsProcessor, TokenDraw, unusable_rows
+from exafuse.generation.sampling import LogitsProcessor, TokenDraw
 from exafuse.generation.settings import resolve
 from exafuse.generation.speculative import decode_with_drafts
-from exafuse.generation.stopping import StopCheck, StoppingCriterion, Streamer, verdict
+from exafuse.generation.stopping import StoppingCriterion, Streamer
 
 __all__ = ["DraftStats", "GenerateOutput", "GenerationConfig", "generate"]
 
@@ -47,6 +49,7 @@ def generate(
     seed: int | None = None,
     draft: str | None = None,
     num_draft_tokens: int = 3,
+    cuda_graph: bool = False,
     return_dict_in_generate: bool = False,
     output_scores: bool = False,
     tokenizer: Any = None,
@@ -86,6 +89,9 @@ def generate(
             have the same distribution (but other tokens for a seed). ``logits_processor`` and
             ``stopping_criteria`` then go with a single row only.
         num_draft_tokens: proposed in a step at most.
+        cuda_graph: capture the decoding step and replay it for every token, so that a step costs
+            what its kernels cost. Reserves the whole cache. Where a step cannot be captured (on the
+            CPU, with callables of yours, with drafts) a warning says so once and nothing changes.
         return_dict_in_generate: return a :class:`GenerateOutput`, with scores if ``output_scores``
             and figures of the drafting.
         progress: called with (tokens done, tokens in all) while the prompt is read.
@@ -149,70 +155,18 @@ def generate(
             keep_scores=return_dict_in_generate and output_scores,
             progress=progress,
             media=media,
+            cuda_graph=cuda_graph,
         )
         if draft is None:
-            output = _decode(call)
+            output = decode(call)
         else:
+            if cuda_graph:
+                say_once("with drafts, rows advance by numbers of tokens that differ")
             output = decode_with_drafts(call, draft, num_draft_tokens)
     finally:
         if streamer is not None:
             streamer.end()
     return output if return_dict_in_generate else output.sequences
-
-
-def _decode(call: Call) -> GenerateOutput:
-    """One token of every row at a time."""
-    model, prompt, device = call.model, call.prompt, call.model.device
-    batch, columns = prompt.ids.shape
-    total, pad_id, draw = call.total, call.pad_id, call.draw
-    ids = torch.empty(batch, total, dtype=torch.int64, device=device)
-    ids[:, :columns] = prompt.ids
-    check = StopCheck(batch, device, pad_id, call.streamer, call.stop_strings())
-    chain = call.score_chain()
-    cache = model.new_cache(batch, call.reserved)
-    if call.streamer is not None:
-        call.streamer.put(prompt.ids.cpu())
-
-    do_sample = call.do_sample
-    all_scores: tuple[Tensor, ...] | None = () if call.keep_scores else None
-    unfinished = torch.ones(batch, dtype=torch.bool, device=device)
-    length, surplus = columns, False
-    logits = model.next_logits(prompt.ids, cache, prompt.mask, call.progress, **call.media)
-    while True:
-        scores = chain.scores(logits, ids[:, :length])
-        unusable = unusable_rows(scores, do_sample) & unfinished
-        next_ids = draw(scores) if do_sample else scores.argmax(dim=-1)
-        if pad_id is not None:
-            next_ids = torch.where(unfinished, next_ids, pad_id)
-        ids[:, length] = next_ids
-        length += 1
-        chain.record(next_ids)
-        if all_scores is not None:
-            all_scores += (scores,)
-        if call.settings.eos_token_ids:
-            unfinished = unfinished & ~(next_ids[:, None] == call.eos_ids).any(dim=-1)
-        for criterion in call.criteria:
-            done = verdict(criterion(ids[:, :length], all_scores), batch, device)
-            unfinished = unfinished & ~done
-        check.send(next_ids, unfinished, unusable)
-        # The host looks at the step before while the device works on this one.
-        surplus = length > columns + 1 and not check.next_report()
-        if surplus or length == total:
-            break
-        logits = model.next_logits(next_ids[:, None], cache)
-    if surplus:  # the last step was queued before the host knew that all rows were done
-        length -= 1
-        if call.keep_cache:
-            cache.crop(cache.get_seq_length() - 1)
-        all_scores = all_scores[:-1] if all_scores is not None else None
-        draw.revoke()
-    else:
-        check.next_report()
-    sequences = ids if length == total else ids[:, :length].clone()
-    if pad_id is not None:
-        for row, new in check.ended_after.items():
-            sequences[row, columns + new :] = pad_id
-    return GenerateOutput(sequences, all_scores, cache)
 
 
 def _media(

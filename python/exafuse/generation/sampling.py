@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -122,14 +123,19 @@ class TokenDraw:
         self._shared = global_generator(device)
         self._before = self._after = self._shared.get_state()
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Ids int64 ``[batch]``; see ``draw``."""
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Around what may call :meth:`once`, so that it can be revoked."""
         if self._private is not None:
-            return draw(scores, self._private)
+            yield
+            return
         self._before = self._shared.get_state()
-        ids = draw(scores)
+        yield
         self._after = self._shared.get_state()
-        return ids
+
+    def once(self, scores: Tensor) -> Tensor:
+        """Ids int64 ``[batch]``; see ``draw``. Touches no state but the generator's own."""
+        return draw(scores, self._private)
 
     @property
     def generator(self) -> torch.Generator | None:

@@ -94,18 +94,12 @@ def _check(call: Call, num_draft_tokens: int) -> None:
                 "batch differ in length, and there are no ids [batch, length] to pass on; answer "
                 "the rows one by one, or leave one of the two out"
             )
-    rope, longest = call.model.config.rope, call.prompt.longest
-    limits = {
-        "dynamic": call.model.config.max_position_embeddings,
-        "longrope": rope.original_max_position_embeddings,
-    }
-    limit = limits.get(rope.rope_type)
-    end = longest + call.total - call.prompt.ids.shape[1] + num_draft_tokens
-    if limit is not None and end > limit and (rope.rope_type == "dynamic" or longest <= limit):
+    if limit := call.rope_change(num_draft_tokens):
         raise ValueError(
-            f"draft: RoPE of type {rope.rope_type!r} changes its frequencies beyond {limit} "
-            f"positions, and so may the answer: prompt, answer and drafts come to {end}; expected "
-            f"at most {limit} (set max_new_tokens), or draft=None"
+            f"draft: RoPE of type {call.model.config.rope.rope_type!r} changes its frequencies "
+            f"beyond {limit} positions, and so may the answer: prompt, answer and drafts come to "
+            f"{call.end + num_draft_tokens}; expected at most {limit} (set max_new_tokens), or "
+            "draft=None"
         )
 
 

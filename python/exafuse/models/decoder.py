@@ -13,6 +13,7 @@ from exafuse.kv_cache import KVCache
 from exafuse.models.backbone import Backbone
 from exafuse.models.mtp import MTPHead
 from exafuse.models.placeholders import VisionInputs
+from exafuse.models.stepping import fixed_step
 
 Progress = Callable[[int, int], None]
 
@@ -51,6 +52,26 @@ class Decoder(Backbone):
         for packing, _, x in self.next_hidden(input_ids, cache, attention_mask, progress, **vision):
             hidden = packing.last_states(x, hidden)
         logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    def fixed_rotary(self, cache: KVCache, num_positions: int) -> tuple[Tensor, Tensor]:
+        """cos and sin for :meth:`fixed_logits`, of all positions up to the answer's end."""
+        return self.rotary(num_positions, self.device, cache.rotary_state)
+
+    def fixed_logits(self, ids: Tensor, cache: KVCache, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Feed one token of every row and score the one after it; can be captured in a CUDA graph.
+
+        Args:
+            ids: int64 ``[batch]``.
+            cache: with room for the token; counts it on the device, in place. Its host part has
+                to be told with ``count_step``, after this call and after every replay.
+            rotary: from :meth:`fixed_rotary`.
+
+        Returns:
+            ``[batch, vocab_size]`` in the model's dtype.
+        """
+        step = fixed_step(cache, *rotary)
+        logits: Tensor = self.lm_head(self.text(self.text.embed_tokens(ids), step, self.backend))
         return logits
 
     def next_hidden(

@@ -51,3 +51,27 @@ def next_step(
     )
     cache.advance(packing.lengths, packing.columns, packing.mask)
     return step
+
+
+def fixed_step(cache: KVCache, cos: Tensor, sin: Tensor) -> Step:
+    """The step in which every row of a cache goes on with one token, counted on the device only.
+
+    Nothing in it depends on numbers of the host that change from step to step: lengths and
+    positions stay where they are and are advanced in place.
+
+    Args:
+        cache: with room for the token; its host part is told with ``count_step``.
+        cos, sin: fp32 ``[positions, head_dim / 2]``, for all positions to come.
+    """
+    step = Step(
+        cos=cos,
+        sin=sin,
+        positions=cache.next_positions.to(torch.int32),
+        cu_seqlens=None,
+        max_seqlen=1,
+        cache=cache,
+        slot_mappings=cache.slot_mappings(cache.seqlens.long()),
+    )
+    cache.next_positions += 1
+    cache.seqlens += 1
+    return step
