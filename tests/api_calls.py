@@ -7,6 +7,7 @@ replaced alone. `Call.run` puts them together again.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -55,6 +56,16 @@ class Call:
         result = getattr(module, self.op)(**keywords)
         results = (result,) if isinstance(result, Tensor) else result
         return (*results, *(arguments[name] for name in self.mutated))
+
+
+def cloned(arguments: Arguments) -> Arguments:
+    return {n: x.clone() if isinstance(x, Tensor) else x for n, x in arguments.items()}
+
+
+def named_in(error: Exception) -> set[str]:
+    """The arguments that a message begins with, `out[1]` as `out`."""
+    names = re.match(r"((?:\w+(?:\[\d\])?(?:, )?)+): ", str(error))
+    return set(re.findall(r"\w+", names[1])) if names else set()
 
 
 def _draw(generator: torch.Generator, dtype: torch.dtype) -> Callable[..., Tensor]:

@@ -8,7 +8,6 @@ ops refuse is in test_bad_attention.py, memory of the outputs in test_bad_memory
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from api_calls import CALLS, ROWWISE, Arguments, Call
+from api_calls import CALLS, ROWWISE, Arguments, Call, cloned, named_in
 from exafuse import ops, reference
 from kernel_backends import Backend, emulated
 from torch import Tensor
@@ -28,21 +27,11 @@ OPTIONAL = {"q_weight", "k_weight", "k_out", "out", "q_out", "residual_out", "v_
 DIMENSIONS = {"hidden", "head_dim", "num_heads", "num_kv_heads", "intermediate_size"}
 
 
-def cloned(arguments: Arguments) -> Arguments:
-    return {n: x.clone() if isinstance(x, Tensor) else x for n, x in arguments.items()}
-
-
 def paths(emulated: Backend) -> dict[str, ModuleType]:
     return {"kernels": emulated.ops, "reference": reference}
 
 
 # ---- what is refused -----------------------------------------------------------------------------
-
-
-def named_in(error: Exception) -> set[str]:
-    """The arguments that a message begins with, `out[1]` as `out`."""
-    names = re.match(r"((?:\w+(?:\[\d\])?(?:, )?)+): ", str(error))
-    return set(re.findall(r"\w+", names[1])) if names else set()
 
 
 def right_names(call: Call, name: str, value: Any, other: Any) -> set[str]:

@@ -59,12 +59,21 @@ WORKSPACES = (
     "vision_attn_workspace",
 )
 OLDEST_GPU = (8, 0)
+# Their definitions read lengths or slots, which tensors on the meta device do not have.
+READ_NUMBERS = (
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "qk_norm_rope_cache",
+    "vision_attn",
+)
 
 _REBUILD = (
     "rebuild it, in the folder with exafuse's sources: "
     "pip install --force-reinstall --no-cache-dir --no-deps ."
 )
 _log = logging.getLogger("exafuse")
+# How many modes look at every call, as tracers, fake tensors and profilers do.
+_watchers: Callable[[], int] = torch._C._len_torch_dispatch_stack
 P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., object])
@@ -117,6 +126,8 @@ class FrontDoor:
         """
         if self._gave_up or not isinstance(first, Tensor) or torch.compiler.is_compiling():
             return None
+        if _watchers():
+            return None
         if not (self._takes_cpu or first.is_cuda):
             return None
         if torch.is_grad_enabled():
@@ -133,13 +144,16 @@ class FrontDoor:
 
         The registered op of the name of ``definition``, a reference op, where kernels exist for
         tensors like ``first``: it shows itself to autograd, compilers and wrapped tensors. So it
-        does to a compiler everywhere: a definition may look at numbers, which breaks a graph. Else
-        ``definition`` itself.
+        does to compilers and tracers everywhere: a definition may look at numbers, which breaks a
+        graph and which fake tensors do not have. Else ``definition`` itself.
         """
         if self._gave_up or not isinstance(first, Tensor):
             return definition
-        here = self._takes_cpu or first.is_cuda or torch.compiler.is_compiling()
-        if not here or first.is_meta:
+        if first.is_meta:
+            here = definition.__name__ in READ_NUMBERS
+        else:
+            here = self._takes_cpu or first.is_cuda or _is_traced(first)
+        if not here:
             return definition
         if first.is_cuda and not self._gpus.get(first.get_device(), True):
             return definition
@@ -197,6 +211,13 @@ class FrontDoor:
             return None
         self._extension = load_emulated() if self.path == "emulated" else load_cuda()
         return self._extension
+
+
+def _is_traced(tensor: Tensor) -> bool:
+    """Whether somebody looks at what becomes of a tensor: a compiler, a mode, its own class."""
+    if torch.compiler.is_compiling() or _watchers():
+        return True
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def backend_from_environment() -> str:

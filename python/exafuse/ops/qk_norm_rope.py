@@ -30,8 +30,8 @@ class RopeOps(FrontDoor):
         out: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = qkv_parts(qkv)
-        q_out, k_out, v_out = check_buffers(out, 3)
-        kernels = self.kernels(q, k, v, q_weight, k_weight, q_out, k_out, v_out)
+        outputs = q_out, k_out, v_out = check_buffers(out, 3)
+        kernels = self.kernels(q, k, v, q_weight, k_weight, cos, sin, *outputs)
         if kernels is not None:
             try:
                 value = v_out
@@ -77,7 +77,7 @@ class RopeOps(FrontDoor):
         out: Tensor | None = None,
     ) -> Tensor:
         q, k, v = qkv_parts(qkv)
-        kernels = self.kernels(q, k, v, q_weight, k_weight, out)
+        kernels = self.kernels(*(q, k, v, q_weight, k_weight, cos, sin), k_cache, v_cache, out)
         if kernels is not None:
             try:
                 q_out = out
@@ -115,7 +115,7 @@ class RopeOps(FrontDoor):
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         q_out, k_out = check_buffers(out, 2)
-        kernels = self.kernels(q, k, q_out, k_out)
+        kernels = self.kernels(q, k, cos, sin, q_out, k_out)
         if kernels is None:
             return self.beyond(q, reference.apply_rope)(q, k, cos, sin, positions, out=out)
         try:

@@ -193,6 +193,12 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)
 
 
+def check_tables_constant(cos: Tensor | None, sin: Tensor | None) -> None:
+    """Raise if autograd would have to follow the tables of a rotation."""
+    if needs_grad(cos, sin):
+        raise ValueError("cos, sin: have no gradient here; pass them detached: cos.detach()")
+
+
 def check_buffers(out: Any, count: int) -> Any:
     """The result buffers of an op with ``count`` results, None where the op makes its own."""
     if out is None:

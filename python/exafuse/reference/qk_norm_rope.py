@@ -12,6 +12,7 @@ from exafuse.reference._check import (
     check_eps,
     check_float,
     check_heads,
+    check_tables_constant,
     deliver,
     needs_grad,
 )
@@ -77,6 +78,7 @@ def _rows(
     cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, q: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """fp32 cos and sin ``[num_tokens, head_dim / 2]`` of each token, or None without RoPE."""
+    check_tables_constant(cos, sin)
     num_tokens, _, head_dim = q.shape
     if cos is None or sin is None:
         if cos is not None or sin is not None:
@@ -196,7 +198,7 @@ def qk_norm_rope_cache(
         ``q [num_tokens, num_heads, head_dim]``. Inference only: a needed gradient is a ValueError.
     """
     inputs = qkv if isinstance(qkv, tuple) else (qkv,)
-    if needs_grad(*inputs, q_weight, k_weight):
+    if needs_grad(*inputs, q_weight, k_weight, k_cache, v_cache):
         raise ValueError(
             "qk_norm_rope_cache writes the cache in place and has no gradient: "
             "call it under torch.no_grad(), or use qk_norm_rope"

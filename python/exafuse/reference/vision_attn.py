@@ -14,6 +14,7 @@ from exafuse.reference._check import (
     check_float,
     check_scale,
     check_tables,
+    check_tables_constant,
     check_tensor,
     deliver,
 )
@@ -57,6 +58,7 @@ def vision_attn(
     head_dim = q.shape[2]
     if head_dim % 2:
         raise ValueError(f"head_dim: expected an even number, got {head_dim}")
+    check_tables_constant(cos, sin)
     shapes = Shapes(num_tokens=q.shape[0])
     check_float("cos", cos, torch.float32)
     check_float("sin", sin, torch.float32)

@@ -8,9 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exafuse.ops.registered.library import differentiate, direct, like, register, registered
+from exafuse.ops.registered.library import (
+    check_writable,
+    differentiate,
+    direct,
+    like,
+    register,
+    registered,
+)
 from exafuse.reference import backward
-from exafuse.reference._check import check_scale, check_window, deliver, needs_grad, refuse
+from exafuse.reference._check import (
+    check_scale,
+    check_tables_constant,
+    check_window,
+    deliver,
+    needs_grad,
+    refuse,
+)
 from exafuse.reference.attention import refuse_pages
 from exafuse.reference.qk_norm_rope import rotate_fp32, split_qkv
 
@@ -268,6 +282,7 @@ def flash_attn_with_kvcache(
     if k is None:
         result, log_sums = registered.flash_attn_with_kvcache(*arguments)
     else:
+        check_writable(k_cache=k_cache, v_cache=v_cache)
         result, log_sums = registered.flash_attn_append_kvcache(*arguments, k, v)
     result = deliver(result, out)
     if lse is not None:
@@ -290,6 +305,7 @@ def vision_attn(
     """As :func:`exafuse.reference.vision_attn`."""
     head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
     scale = check_scale(softmax_scale, head_dim)
+    check_tables_constant(cos, sin)
     heads = (qkv, num_heads, num_kv_heads)
     return deliver(registered.vision_attn(*heads, cos, sin, cu_seqlens, max_seqlen, scale), out)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from exafuse.reference._check import check_device
 
@@ -60,7 +62,8 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
 
     @torch.no_grad()
     def implementation(*args: Any, **kwargs: Any) -> Any:
-        results = run(*map(_plain, args), **{n: _plain(x) for n, x in kwargs.items()})
+        with _unwatched():
+            results = run(*map(_plain, args), **{n: _plain(x) for n, x in kwargs.items()})
         if isinstance(results, Tensor):
             return results.contiguous()
         return tuple(x.contiguous() for x in results)
@@ -72,6 +75,23 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
     for device in ("CPU", "CUDA"):
         _library.impl(name, implementation, device)
     torch.library.register_fake(f"exafuse::{name}", fake_on_one_device, lib=_library)
+
+
+def _unwatched() -> AbstractContextManager[Any]:
+    """Inside, no mode looks at calls: it has seen this one, and the op is to be one."""
+    watched = torch._C._len_torch_dispatch_stack()
+    context: AbstractContextManager[Any] = _disable_current_modes() if watched else nullcontext()
+    return context
+
+
+def check_writable(**tensors: Tensor) -> None:
+    """Raise for views that torch writes through a copy, which an op cannot hand back."""
+    for name, tensor in tensors.items():
+        if tensor.is_neg() or tensor.is_conj():
+            raise ValueError(
+                f"{name}: expected memory to write to, got a negated or conjugated view; "
+                "call .resolve_neg() or .resolve_conj() first"
+            )
 
 
 def _check_devices(name: str, args: tuple[Any, ...]) -> None:

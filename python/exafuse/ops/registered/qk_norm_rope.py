@@ -7,9 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exafuse.ops.registered.library import differentiate, direct, like, register, registered
+from exafuse.ops.registered.library import (
+    check_writable,
+    differentiate,
+    direct,
+    like,
+    register,
+    registered,
+)
 from exafuse.reference import backward
-from exafuse.reference._check import check_buffers, deliver, needs_grad
+from exafuse.reference._check import check_buffers, check_tables_constant, deliver, needs_grad
 from exafuse.reference.qk_norm_rope import Qkv, qkv_parts, split_qkv
 
 _QKV = "Tensor q, Tensor? k, Tensor? v, SymInt num_heads, SymInt num_kv_heads"
@@ -126,6 +133,7 @@ def qk_norm_rope(
     qkv: Qkv, *arguments: Any, out: tuple[Tensor, Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`exafuse.reference.qk_norm_rope`, v in memory of its own."""
+    check_tables_constant(*arguments[4:6])
     results = registered.qk_norm_rope(*qkv_parts(qkv), *arguments)
     q, k, v = _deliver_all(results, out)
     return q, k, v
@@ -141,8 +149,10 @@ def qk_norm_rope_cache(
 ) -> Tensor:
     """As :func:`exafuse.reference.qk_norm_rope_cache`."""
     q, k, v = qkv_parts(qkv)
+    check_tables_constant(*arguments[4:6])
     if needs_grad(q, k, v, k_cache, v_cache, *arguments[2:4]):
         raise ValueError("qk_norm_rope_cache has no gradient: call it under torch.no_grad()")
+    check_writable(k_cache=k_cache, v_cache=v_cache)
     result = registered.qk_norm_rope_cache(q, k, v, *arguments, k_cache, v_cache, slot_mapping)
     return deliver(result, out)
 
@@ -157,6 +167,7 @@ def apply_rope(
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`exafuse.reference.apply_rope`: :func:`qk_norm_rope` without norms."""
+    check_tables_constant(cos, sin)
     packed = (q.flatten(1), k.flatten(1), k.flatten(1))
     heads = q.shape[1], k.shape[1]
     results = registered.qk_norm_rope(*packed, *heads, None, None, cos, sin, positions, 0.0)
