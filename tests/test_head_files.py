@@ -1,0 +1,331 @@
+"""Heads in files: names and prefixes, labels, what is missing or left over, what commands say."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import checkpoint_files as files
+import command_line
+import exafuse
+import head_cases as cases
+import pytest
+import torch
+import transformers
+from exafuse.cli.plan import plan
+from exafuse.config import load_config
+from exafuse.errors import CheckpointError, ConfigError
+
+LABELS = {
+    "id2label": {0: "bad", 1: "fair", 2: "good"},
+    "label2id": {"bad": 0, "fair": 1, "good": 2},
+}
+HEADS = [kind for kind in cases.SUFFIXES if kind != "causal_lm"]
+TENSORS = {
+    "sequence_classification": ["score.weight"],
+    "token_classification": ["score.bias", "score.weight"],
+    "question_answering": ["qa_outputs.bias", "qa_outputs.weight"],
+}
+
+
+def load(folder: Path, **options: Any) -> Any:
+    """Without any warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return exafuse.from_pretrained(folder, device="cpu", backend="reference", **options)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Keys of config.json; None removes one."""
+    path = folder / "config.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: x for key, x in values.items() if x is not None}))
+
+
+def refused(folder: Path, *words: str, error: type[Exception] = CheckpointError, **o: Any) -> None:
+    with pytest.raises(error) as caught:
+        load(folder, **o)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+# ---- there and back -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", cases.FAMILIES)
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_saved_folder_is_the_one_that_transformers_saves(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"tie_word_embeddings": True} if family == "qwen2" else {}
+    if kind in ("sequence_classification", "token_classification"):
+        changes |= LABELS
+    if kind == "sequence_classification":
+        changes["problem_type"] = "multi_label_classification"
+    if kind == "token_classification":
+        changes["classifier_dropout"] = 0.25
+    theirs, ours = cases.pair(family, kind, tmp_path / "theirs", **changes)
+    ours.save_pretrained(tmp_path / "ours")
+    assert (tmp_path / "ours" / "model.safetensors").read_bytes() == (
+        tmp_path / "theirs" / "model.safetensors"
+    ).read_bytes()
+    assert not (tmp_path / "ours" / "generation_config.json").exists()
+
+    auto = {
+        "base": transformers.AutoModel,
+        "sequence_classification": transformers.AutoModelForSequenceClassification,
+        "token_classification": transformers.AutoModelForTokenClassification,
+        "question_answering": transformers.AutoModelForQuestionAnswering,
+    }[kind]
+    again, report = auto.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager", output_loading_info=True
+    )
+    assert type(again) is type(theirs)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    for key in ("architectures", "problem_type", "pad_token_id"):
+        assert getattr(again.config, key) == getattr(theirs.config, key), key
+    if kind in ("sequence_classification", "token_classification"):
+        assert again.config.id2label == theirs.config.id2label == LABELS["id2label"]
+        assert again.config.label2id == theirs.config.label2id
+        assert ours.config.id2label == LABELS["id2label"]
+        assert ours.config.label2id == LABELS["label2id"]
+    batch = cases.inputs()
+    with torch.no_grad():
+        assert torch.equal(cases.scores(again.eval()(**batch)), cases.scores(theirs(**batch)))
+    reloaded = load(tmp_path / "ours", head="base" if kind == "base" else None)
+    assert type(reloaded) is type(ours)
+    assert reloaded.config == ours.config
+
+
+def test_a_sharded_classifier(tmp_path: Path) -> None:
+    theirs = cases.build("exaone4", "question_answering")
+    theirs.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    batch = cases.inputs("none")
+    with torch.no_grad():
+        cases.close(cases.scores(load(tmp_path)(**batch)), cases.scores(theirs(**batch)))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "transformer."])
+@pytest.mark.parametrize("kind", [*HEADS, "causal_lm"])
+def test_every_prefix_goes_with_every_head(kind: str, prefix: str, tmp_path: Path) -> None:
+    _, ours = cases.pair("exaone4", kind, tmp_path)
+    state = files.read(tmp_path)
+    bare = {n.removeprefix("model.").removeprefix("transformer."): t for n, t in state.items()}
+    heads = ("lm_head", "score", "qa_outputs")
+    files.write(tmp_path, {n if n.startswith(heads) else prefix + n: t for n, t in bare.items()})
+    again = load(tmp_path, head="base" if kind == "base" else None)
+    batch = cases.inputs()
+    with torch.no_grad():
+        assert torch.equal(cases.scores(again(**batch)), cases.scores(ours(**batch)))
+
+
+def test_a_model_with_a_tower_without_its_output_matrix(tmp_path: Path) -> None:
+    """Its tower and language model by name, as transformers saves the bare model; no drafts."""
+    from exafuse.verification.tiny import TINY_CONFIGS, make_tiny
+
+    (values,) = (v for v in TINY_CONFIGS.values() if v["model_type"] == "exaone4_5")
+    make_tiny(values, tmp_path / "whole")
+    whole, base = load(tmp_path / "whole"), load(tmp_path / "whole", head="base")
+    ids = torch.tensor([[9, 10, 11, 12]])
+    with torch.no_grad():
+        assert torch.equal(whole.lm_head(base(ids).last_hidden_state), whole(ids).logits)
+    base.save_pretrained(tmp_path / "base")
+    names = files.read(tmp_path / "base")
+    assert {name.split(".")[0] for name in names} == {"language_model", "visual"}
+    theirs, report = transformers.AutoModel.from_pretrained(
+        tmp_path / "base", attn_implementation="eager", output_loading_info=True
+    )
+    assert type(theirs).__name__ == "Exaone4_5_Model"
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    with torch.no_grad():
+        cases.close(base(ids).last_hidden_state, theirs(ids).last_hidden_state)
+        assert torch.equal(
+            load(tmp_path / "base", head="base")(ids).last_hidden_state,
+            base(ids).last_hidden_state,
+        )
+    refused(tmp_path / "whole", "mtp: expected None", error=ValueError, head="base", mtp=True)
+
+
+# ---- a head that the file lacks -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_a_new_head_is_initialised_and_named_once(kind: str, tmp_path: Path) -> None:
+    theirs = cases.build("llama", "causal_lm", initializer_range=0.5, num_hidden_layers=1)
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="initialised at random") as caught:
+        model = exafuse.from_pretrained(tmp_path, device="cpu", head=kind)
+    assert len(caught) == 1
+    assert str(caught[0].message).startswith(f"{tmp_path}: {', '.join(TENSORS[kind])}: ")
+    state = dict(model.named_parameters())
+    for name in TENSORS[kind]:
+        tensor = state[name].detach()
+        assert not tensor.is_meta
+        if name.endswith("bias"):
+            assert not tensor.any()
+        else:
+            assert 0.35 < float(tensor.std()) < 0.65
+    assert torch.equal(model.text.norm.weight, theirs.model.norm.weight)
+    model(cases.inputs()["input_ids"])
+    model.save_pretrained(tmp_path / "new")
+    assert load(tmp_path / "new").config.head.kind == kind
+
+
+def test_what_the_file_has_of_a_head_is_kept(tmp_path: Path) -> None:
+    """A sequence classifier's matrix, and a new bias beside it."""
+    theirs, _ = cases.pair("qwen2", "sequence_classification", tmp_path)
+    with pytest.warns(UserWarning, match=": score.bias: not in the file"):
+        model = exafuse.from_pretrained(tmp_path, device="cpu", head="token_classification")
+    assert torch.equal(model.score.weight, theirs.score.weight)
+    assert not model.score.bias.any()
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_other_heads_are_left_out(kind: str, tmp_path: Path) -> None:
+    theirs, _ = cases.pair("llama", kind, tmp_path)
+    body = load(tmp_path, head="base")
+    assert not [n for n, _ in body.named_parameters() if not n.startswith("model.")]
+    inner = theirs if kind == "base" else theirs.base_model
+    ids = cases.inputs("none")["input_ids"]
+    with torch.no_grad():
+        cases.close(body(ids).last_hidden_state, inner(ids).last_hidden_state)
+    with pytest.warns(UserWarning, match=r"lm_head\.weight: not in the file"):
+        lm = exafuse.from_pretrained(tmp_path, device="cpu", head="causal_lm")
+    assert lm.generate(ids, max_new_tokens=2).shape == (4, 13)
+
+
+def test_a_headless_file_is_a_language_model_if_its_embedding_is_tied(tmp_path: Path) -> None:
+    for tied in (True, False):
+        theirs = cases.build("qwen2", "base", tie_word_embeddings=tied)
+        theirs.save_pretrained(tmp_path)
+        if not tied:
+            refused(tmp_path, "'lm_head.weight'", "tie_word_embeddings is false", 'head="base"')
+            continue
+        ids = cases.inputs("none")["input_ids"]
+        with torch.no_grad():
+            expected = theirs(ids).last_hidden_state @ theirs.embed_tokens.weight.T
+            cases.close(load(tmp_path)(ids).logits, expected)
+
+
+def test_a_classifier_of_causal_weights_is_refused_by_name(tmp_path: Path) -> None:
+    cases.build("llama", "causal_lm").save_pretrained(tmp_path)
+    edit(tmp_path, architectures=["LlamaForSequenceClassification"])
+    words = ("'score.weight'", "'lm_head.weight'", "architectures", 'head="base"')
+    refused(tmp_path, *words)
+    assert load(tmp_path, head="causal_lm")(torch.tensor([[1]])).logits.shape == (1, 1, 97)
+
+
+def test_a_language_model_of_a_classifiers_weights_is_refused(tmp_path: Path) -> None:
+    cases.build("llama", "sequence_classification").save_pretrained(tmp_path)
+    edit(tmp_path, architectures=["LlamaForCausalLM"])
+    refused(tmp_path, "'lm_head.weight'", "the file has score.weight", "unexpected: 'score.weight'")
+
+
+# ---- labels ---------------------------------------------------------------------------------
+
+
+def test_num_labels_and_the_file(tmp_path: Path) -> None:
+    cases.build("llama", "causal_lm", num_labels=2).save_pretrained(tmp_path)
+    for values in ({}, {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "num_labels": 2}):
+        edit(tmp_path, **values)  # what old files say although nothing has labels
+        config = load_config(tmp_path, head="sequence_classification", num_labels=5)
+        assert config.num_labels == 5
+        assert load_config(tmp_path, head="token_classification").num_labels == 2
+    edit(tmp_path, id2label={"0": "no", "1": "yes"})
+    named = load_config(tmp_path, head="sequence_classification")
+    assert named.id2label == {0: "no", 1: "yes"}
+    for given in (3, 1):
+        words = (f"num_labels: expected 2, as many as {tmp_path}", "'no', 'yes'", f"got {given}")
+        head = "sequence_classification"
+        refused(tmp_path, *words, error=ValueError, head=head, num_labels=given)
+    for kind in ("base", "question_answering", "causal_lm", None):
+        refused(tmp_path, "num_labels: expected None", error=ValueError, head=kind, num_labels=2)
+    for wrong in (0, -1, 10**9):
+        with pytest.raises(ValueError, match="num_labels: expected 1 to"):
+            load_config(tmp_path, head="sequence_classification", num_labels=wrong)
+    for wrong in (True, 2.0, "2"):
+        with pytest.raises(TypeError, match="num_labels: expected an int"):
+            load_config(tmp_path, head="sequence_classification", num_labels=wrong)
+
+
+def test_a_classifiers_own_number_counts_even_without_names(tmp_path: Path) -> None:
+    cases.build("llama", "sequence_classification").save_pretrained(tmp_path)
+    words = ("num_labels: expected 3", "got 5")
+    refused(tmp_path, *words, error=ValueError, num_labels=5)
+    assert load(tmp_path, num_labels=3).config.num_labels == 3
+    cases.build("llama", "token_classification", num_labels=2).save_pretrained(tmp_path / "two")
+    assert "id2label" not in json.loads((tmp_path / "two" / "config.json").read_text())
+    refused(tmp_path / "two", "num_labels: expected 2", error=ValueError, num_labels=3)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no names": ({"id2label": {}}, "id2label"),
+    "a list": ({"id2label": ["a", "b"]}, "id2label"),
+    "a gap": ({"id2label": {"0": "a", "2": "b"}}, "id2label"),
+    "words for ids": ({"id2label": {"a": "a", "b": "b"}}, "id2label"),
+    "numbers for names": ({"id2label": {"0": 1, "1": 2}}, "id2label"),
+    "two numbers": ({"id2label": {"0": "a", "1": "b"}, "num_labels": 3}, "num_labels"),
+    "no number": ({"num_labels": "3"}, "num_labels"),
+    "a problem": ({"problem_type": "ranking"}, "problem_type"),
+    "a problem of another type": ({"problem_type": 3}, "problem_type"),
+    "one of one": (
+        {"num_labels": 1, "problem_type": "single_label_classification"},
+        "problem_type",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_malformed_labels_are_refused_where_they_matter(name: str) -> None:
+    changes, key = WRONG[name]
+    values = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"], **changes}
+    with pytest.raises(ConfigError, match=f"config: {key}: expected .*got"):
+        load_config(values)
+    load_config(values, head="base")
+
+
+def test_dropout_and_bias_of_a_token_classification() -> None:
+    values = {"model_type": "qwen2", "architectures": ["Qwen2ForTokenClassification"]}
+    for changes, dropout in (
+        ({}, 0.1),
+        ({"hidden_dropout": 0.3}, 0.3),
+        ({"hidden_dropout": 0.3, "classifier_dropout": 0.0}, 0.0),
+        ({"classifier_dropout": None}, 0.1),
+    ):
+        head = load_config(values | changes).head
+        assert (head.dropout, head.bias, head.labels) == (dropout, True, ("LABEL_0", "LABEL_1"))
+    config = load_config(values | {"token_classification_bias": False})
+    assert not config.head.bias
+    assert load_config(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="classifier_dropout"):
+        load_config(values | {"classifier_dropout": 2})
+
+
+# ---- commands -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_commands_say_what_a_classifiers_folder_is(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases.build("exaone4", kind).save_pretrained(tmp_path)
+    capsys.readouterr()
+    folder = str(tmp_path)
+    said = f"got a model for {kind.replace('_', ' ')}"
+    for argv in (["generate", folder, "hello"], ["chat", folder], ["verify", folder]):
+        assert command_line.exit_code(argv) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"exafuse: error: {folder}: expected a language model to ")
+        assert said in error
+        assert f"exafuse.from_pretrained('{folder}')" in error
+        assert error.count("\n") == 1
+    assert command_line.exit_code(["plan", folder]) == 0
+    assert f"head: {said.removeprefix('got ')}" in capsys.readouterr().out
+    written = plan(folder).to_dict()
+    assert written["head"] == kind
+    assert written["num_parameters"] == sum(p.numel() for p in load(tmp_path).parameters())
