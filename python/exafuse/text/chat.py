@@ -77,6 +77,7 @@ def chat(
 ) -> Reply:
     """The model's next turn in a conversation.
 
+    ``model``: ours, or a patched transformers model (``generate`` arguments are then its own).
     ``processor``: from :func:`load_processor`. ``messages``: dicts with ``role`` and ``content``;
     append ``reply.message``, and for every tool call ``call.result(value)``, to go on. For a model
     that sees, the content of a user's message may be a list of ``{"type": "text", "text": ...}``,
@@ -148,8 +149,12 @@ def _length(model: Any, settings: Mapping[str, Any], prompt_length: int) -> dict
     names = ("max_new_tokens", "max_length")
     if any(_setting(model, settings, name) is not None for name in names):
         return {}
-    room = max(context_length(model.config) - prompt_length, 1)
-    return {"max_new_tokens": min(DEFAULT_MAX_NEW_TOKENS, room)}
+    config = model.config
+    if hasattr(config, "get_text_config"):  # transformers' own model, patched or not
+        context = config.get_text_config().max_position_embeddings
+    else:
+        context = context_length(config)
+    return {"max_new_tokens": min(DEFAULT_MAX_NEW_TOKENS, max(context - prompt_length, 1))}
 
 
 def _stop_ids(model: Any, tokenizer: Any, settings: Mapping[str, Any]) -> frozenset[int]:

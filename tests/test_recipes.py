@@ -1,0 +1,197 @@
+"""docs/recipes.md: every block is run, with the names on it mapped to small checkpoints of the
+same family, and its results compared with plain transformers: the drop-in blocks without us."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recipe_page
+import talking_models
+import torch
+import torchvision_shim
+import transformers
+from drop_in_cases import close
+from exafuse.cli import commands as cli
+from test_processor import python
+
+OWN, DROP_IN, CONSOLE = "own graph", "drop-in", "console"
+PAGE = recipe_page.read()
+NAMES = {
+    "LGAI-EXAONE/EXAONE-4.0-1.2B": "exaone4",
+    "Qwen/Qwen2-7B-Instruct": "qwen2",
+    "meta-llama/Llama-3.2-1B": "llama",
+}
+Namespace = dict[str, Any]
+
+
+@dataclass
+class Ran:
+    """What is left of the blocks of each kind: ``plain`` are the drop-in ones without us."""
+
+    own: Namespace = field(default_factory=dict)
+    drop_in: Namespace = field(default_factory=dict)
+    plain: Namespace = field(default_factory=dict)
+    printed: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a recipe is run. ``blocks``: their kinds, in order. ``own``, ``drop_in``: the variables
+    that must be as in plain transformers. ``after``: the recipe whose blocks go before."""
+
+    blocks: tuple[str, ...]
+    own: tuple[str, ...] = ()
+    drop_in: tuple[str, ...] = ()
+    after: str | None = "Load"
+    check: Callable[[Ran], None] | None = None
+
+
+def _thinking(ran: Ran) -> None:
+    assert ran.own["answer"] == "3.9 is larger."
+    assert ran.own["short"] == "3.9"
+
+
+def _tools(ran: Ran) -> None:
+    assert ran.own["answer"] == "It has 21 degrees."
+    assert [call.name for call in ran.own["reply"].tool_calls] == ["get_weather"]
+    assert ran.drop_in["calls"] == ran.plain["calls"] == ran.own["reply"].tool_calls
+
+
+def _pipelines(ran: Ran) -> None:
+    assert ran.plain["answer"] == "It is Seoul."
+    assert ran.plain["text"] == talking_models.PLAIN + " light."
+
+
+def _from_config(ran: Ran) -> None:
+    for family, logits in ran.own["logits"].items():
+        model = transformers.AutoModelForCausalLM.from_pretrained(f"small-{family}")
+        close(logits.detach(), model(ran.own["ids"]).logits.detach())
+        close(ran.drop_in["logits"][family].detach(), ran.plain["logits"][family].detach())
+
+
+def _visible(ran: Ran) -> None:
+    assert "last 24     RoPE" in ran.printed
+    rows = [line for line in ran.printed.splitlines() if line.startswith("'")]
+    drawn = [line.partition("|")[0] for line in rows[: len(rows) // 2]]
+    assert rows == 2 * rows[: len(drawn)], "after exafuse was registered, and plain"
+    assert [row.count("■") for row in drawn] == list(range(1, len(drawn) + 1)), "a causal mask"
+
+
+RECIPES = {
+    "Load": Recipe((OWN, DROP_IN), after=None),
+    "Chat": Recipe((OWN, OWN, DROP_IN), own=("answer", "ids"), drop_in=("answer", "ids")),
+    "Thinking": Recipe(
+        (OWN, DROP_IN),
+        own=("thoughts", "answer"),
+        drop_in=("thoughts", "answer"),
+        check=_thinking,
+    ),
+    "Tools": Recipe((OWN, DROP_IN, DROP_IN), own=("answer",), drop_in=("answer",), check=_tools),
+    "Pipelines": Recipe((DROP_IN,), drop_in=("answer", "text"), after=None, check=_pipelines),
+    "Static cache": Recipe((OWN, DROP_IN), own=("ids",), drop_in=("ids",), after=None),
+    "A model from a config": Recipe((OWN, DROP_IN), after=None, check=_from_config),
+    "What a token sees": Recipe((CONSOLE, DROP_IN), after=None, check=_visible),
+}
+# Run by tests/recipes_that_see.py, with torchvision.
+SEEING = {
+    "Images": Recipe((OWN, DROP_IN), after=None),
+    "Video": Recipe((OWN, DROP_IN), after="Images"),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The names on the page, and the folders that stand for them."""
+    return {
+        name: str(talking_models.save(family, tmp_path_factory.mktemp(family)))
+        for name, family in NAMES.items()
+    }
+
+
+def run(title: str, replaced: Mapping[str, str], ran: Ran | None = None) -> Ran:
+    """Every block of a recipe, and before them those of the recipe that it goes on from."""
+    ran = ran or Ran()
+    after = (RECIPES | SEEING)[title].after
+    if after is not None:
+        run(after, replaced, ran)
+    for block in PAGE[title]:
+        if block.kind == OWN:
+            block.run(ran.own, replaced)
+        elif block.kind == DROP_IN:
+            torch.manual_seed(0)
+            block.run(ran.drop_in, replaced)
+            torch.manual_seed(0)
+            block.plain().run(ran.plain, replaced)
+        else:
+            for line in recipe_page.replace(block.source, replaced).splitlines():
+                assert line.startswith("$ exafuse "), f"{block}: not run: {line}"
+                assert cli.main(shlex.split(line)[2:]) == 0
+    return ran
+
+
+def implementations(namespace: Namespace) -> set[str]:
+    """The attention of every transformers model that a block left behind."""
+    values = [getattr(value, "model", value) for value in namespace.values()]
+    values = [value for value in values if isinstance(value, transformers.PreTrainedModel)]
+    return {value.config._attn_implementation for value in values}
+
+
+def check_against_plain(recipe: Recipe, ran: Ran) -> None:
+    for results, namespace in ((recipe.own, ran.own), (recipe.drop_in, ran.drop_in)):
+        for name in results:
+            result, expected = namespace[name], ran.plain[name]
+            if isinstance(result, torch.Tensor):
+                assert result.tolist() == expected.tolist(), name
+            else:
+                assert result == expected, name
+    if recipe.drop_in:
+        assert "exafuse" not in implementations(ran.plain)
+        assert implementations(ran.drop_in) == {"exafuse"}
+
+
+def test_every_block_of_the_page_is_run() -> None:
+    """A new recipe, or a new block of one, needs its line in the tables above."""
+    known = RECIPES | SEEING
+    assert list(PAGE) == [title for title in PAGE if title in known], "recipes without a test"
+    for title, recipe in known.items():
+        assert tuple(block.kind for block in PAGE[title]) == recipe.blocks, title
+
+
+def test_the_page_links_to_every_recipe() -> None:
+    text = recipe_page.PAGE.read_text()
+    for title in PAGE:
+        assert f"[{title}](#{title.lower().replace(' ', '-')})" in text, title
+
+
+@pytest.mark.parametrize("title", RECIPES)
+def test_recipe(
+    title: str,
+    folders: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)  # blocks may write files
+    ran = run(title, folders)
+    ran.printed = capsys.readouterr().out
+    check_against_plain(RECIPES[title], ran)
+    if (check := RECIPES[title].check) is not None:
+        check(ran)
+
+
+@pytest.mark.slow
+def test_recipes_that_see() -> None:
+    """tests/recipes_that_see.py, in a process that has torchvision."""
+    if torchvision_shim.find() is None:
+        pytest.skip(f"needs torchvision, installed or in {torchvision_shim.FOLDER}")
+    done = python(
+        *("-m", "pytest", "-q", "-p", "torchvision_shim", "-p", "no:cacheprovider"),
+        str(Path(__file__).parent / "recipes_that_see.py"),
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert f"{len(SEEING)} passed" in done.stdout
