@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"head": "regression"}, "head: expected None or one of causal_lm, base, .*'regression'"),
         ({"num_labels": 3}, "num_labels: expected None for a language model, got 3"),
-        ({"quantize": "int8"}, "quantize: not available"),
+        ({"quantize": "int2"}, "quantize: expected int8, int4, fp8"),
         ({"mtp": True}, "mtp: expected a checkpoint with"),
         ({"dtype": "float8"}, "dtype: expected"),
         ({"dtype": torch.int64}, "dtype: expected"),

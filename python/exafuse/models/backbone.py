@@ -20,6 +20,7 @@ from exafuse.models.placeholders import Placeholders, VisionInputs
 from exafuse.models.stepping import next_step
 from exafuse.models.text_model import TextModel
 from exafuse.rotary import RotaryState, RotaryTable
+from exafuse.weights.quantising import check_unquantised
 from exafuse.weights.saving import save_weights
 
 PREFILL_CHUNK = 2048
@@ -93,7 +94,9 @@ class Backbone(nn.Module):
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and safetensors that transformers reads."""
+        """Write config.json and safetensors that transformers reads. A quantised model is a
+        ValueError."""
+        check_unquantised(self)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", self.config.to_dict())

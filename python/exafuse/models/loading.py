@@ -29,6 +29,7 @@ from exafuse.weights.hub import resolve_folder
 from exafuse.weights.loading import load_weights
 from exafuse.weights.memory import check_fits
 from exafuse.weights.names import num_mtp_layers
+from exafuse.weights.quantising import Quantiser
 
 CLASSES: dict[HeadKind, type[Backbone]] = {
     "causal_lm": CausalLM,
@@ -53,7 +54,7 @@ def from_pretrained(
     backend: str = "auto",
     head: str | None = None,
     num_labels: int | None = None,
-    quantize: str | None = None,
+    quantize: Any = None,
     revision: str | None = None,
     mtp: bool | None = None,
     *,
@@ -75,7 +76,9 @@ def from_pretrained(
             lacks of a head that is asked for by name is initialised, with a warning; what it has
             of another is left out.
         num_labels: of a head that classifies; None = the file's (``id2label``), else 2.
-        quantize: not in this version; anything but None is a ValueError.
+        quantize: "int8", "fp8", "int4" (on a GPU, in bfloat16) or a torchao configuration object:
+            torchao quantises the weights of the decoder layers' linear layers as they are read.
+            Embeddings, heads, norms, vision tower and draft module stay in ``dtype``.
         revision: of a Hub repository.
         mtp: load the draft module; None = if the file has it, True = a ValueError if it does not.
         progress: show a bar while loading (never when stderr is not a terminal).
@@ -85,18 +88,20 @@ def from_pretrained(
         ConfigError, CheckpointError: the folder's files are not what they must be.
         DoesNotFitError: the weights do not fit the free memory; nothing has been read.
         ValueError: an argument is impossible, or ``num_labels`` contradicts the file.
+        ImportError: ``quantize`` without torchao (the extra "quant").
     """
-    _refuse(quantize=quantize)
     functions = resolve_backend(backend)
     target = _device(device, device_map, backend)
     folder = resolve_folder(str(folder_or_name), revision)
     config = load_config(folder, head=head, num_labels=num_labels)
     config = _with_mtp(config, folder, mtp)
     kind = _dtype(dtype, config)
-    if dtype not in (None, "auto"):  # else the file decides, and loading compares
+    # Where the file decides, or torchao does, loading knows what is needed.
+    if dtype not in (None, "auto") and quantize is None:
         check_fits(config.num_parameters() * kind.itemsize, target, f"the weights of {folder}")
     with torch.device("meta"):
         model = model_class(config)(config, functions)
+    quantiser = None if quantize is None else Quantiser(quantize, model, model.text.layers)
     load_weights(
         model,
         folder,
@@ -106,6 +111,7 @@ def from_pretrained(
         check_finite=check_finite,
         progress=progress,
         new_head_std=None if head is None else config.initializer_range,
+        quantiser=quantiser,
     )
     model.config = _as_loaded(config, model.dtype)
     if isinstance(model, CausalLM):
@@ -147,12 +153,6 @@ def from_config(
     if isinstance(model, CausalLM):
         model.generation_config = GenerationConfig.from_model_config(config)
     return model
-
-
-def _refuse(**options: object) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(f"{name}: not available in this version, expected None, got {value!r}")
 
 
 def model_class(config: ModelConfig) -> type[Backbone]:

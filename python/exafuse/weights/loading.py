@@ -32,8 +32,10 @@ from exafuse.weights.names import (
     split_prefix,
     unmerged_state_dict,
 )
+from exafuse.weights.quantising import Quantiser
 from exafuse.weights.safetensors_file import CHUNK_BYTES, DTYPE_NAMES, TensorInfo, first_five, quote
 from exafuse.weights.saving import save_weights
+from exafuse.weights.targets import Target, needed_bytes
 
 __all__ = [
     "MERGES",
@@ -58,6 +60,7 @@ def load_weights(
     check_finite: bool = False,
     progress: bool = False,
     new_head_std: float | None = None,
+    quantiser: Quantiser | None = None,
 ) -> None:
     """Fill a model that was built on the meta device from a checkpoint folder, shard by shard.
 
@@ -79,11 +82,13 @@ def load_weights(
         progress: show a progress bar, if standard error is a terminal.
         new_head_std: allow for another head than the file's: what the file lacks of it is drawn
             from N(0, new_head_std), biases 0, with a warning. None = the head is the file's.
+        quantiser: quantises each of its weights as soon as it is complete, so that besides the
+            quantised model there are never more than a few plain weights.
 
     Raises:
         CheckpointError: a file is malformed, or its tensors are not those of the model.
         DoesNotFitError: before the first tensor is read.
-        ValueError: ``dtype`` is none of the above.
+        ValueError: ``dtype`` is none of the above; it cannot be quantised that way on ``device``.
     """
     device = torch.device(device)
     wanted = _parse_dtype(dtype)
@@ -98,15 +103,18 @@ def load_weights(
     old = dict(model.named_parameters(remove_duplicate=False))
     new_head = sorted(name for name in slots if name not in sources and not (tied and name == HEAD))
     names = sorted({slots[name].parameter for name in [*sources, *new_head]})
-    num_bytes = sum(old[name].numel() for name in names) * dtype.itemsize
-    check_fits(num_bytes, device, f"{checkpoint.folder}: the weights in {dtype}")
-    new = {name: torch.empty(old[name].shape, dtype=dtype, device=device) for name in names}
-    _read_all(checkpoint, sources, slots, new, device, check_finite, progress)
+    num_bytes, what = needed_bytes({name: old[name] for name in names}, dtype, device, quantiser)
+    check_fits(num_bytes, device, f"{checkpoint.folder}: {what}")
+    targets = {name: Target(name, old[name], dtype, device, quantiser) for name in names}
+    for name in sources:
+        targets[slots[name].parameter].missing += 1
+    _read_all(checkpoint, sources, slots, targets, device, check_finite, progress)
     if new_head_std is not None and new_head:
-        _make_head(new_head, new, new_head_std, checkpoint.folder)
+        tensors = {name: targets[name].values for name in new_head}
+        _make_head(new_head, tensors, new_head_std, checkpoint.folder)
 
     for name in names:
-        _set_parameter(model, name, nn.Parameter(new[name], old[name].requires_grad))
+        _set_parameter(model, name, targets[name].parameter())
     if tied:
         _set_parameter(model, HEAD, model.get_parameter(embedding_name(slots)))
 
@@ -274,7 +282,7 @@ def _read_all(
     checkpoint: Checkpoint,
     sources: Mapping[str, TensorInfo],
     slots: Mapping[str, Slot],
-    parameters: Mapping[str, Tensor],
+    targets: Mapping[str, Target],
     device: torch.device,
     check_finite: bool,
     progress: bool,
@@ -305,7 +313,9 @@ def _read_all(
                                 f"holds NaN or Inf (as {part.dtype})"
                             )
 
-                    shard.read_into(info, parameters[slot.parameter][slot.rows], on_chunk)
+                    target = targets[slot.parameter]
+                    shard.read_into(info, target.values[slot.rows], on_chunk)
+                    target.read_one()
 
 
 def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
