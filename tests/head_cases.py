@@ -187,6 +187,8 @@ def gradients(model: Any, call: Callable[[Any], Tensor]) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     result = {}
     for name, slot in checkpoint_slots(model).items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
         gradient = parameters[slot.parameter].grad
         assert gradient is not None, name
         result[saved_name(name, model)] = gradient[slot.rows].clone()

@@ -11,6 +11,7 @@ from typing import Any
 import exafuse
 import head_cases as cases
 import pytest
+import tiny_models
 import torch
 import transformers
 from exafuse.models import losses
@@ -82,6 +83,47 @@ def test_losses_and_gradients_equal_those_of_transformers(
         cases.gradients(model, lambda model: model(**batch).loss) for model in (ours, theirs)
     )
     cases.close_gradients(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [tiny_models.random_case(s) for s in range(300, 372)], ids=str)
+def test_random_configurations(case: tiny_models.Case, tmp_path: Path) -> None:
+    """Windows, biases, GQA groups, RoPE types, tied embeddings: scores, loss and gradients."""
+    name = list(cases.LOSSES)[case.seed % len(cases.LOSSES)]
+    kind, changes, arguments = cases.LOSSES[name]
+    theirs, ours = cases.pair(case.family, kind, tmp_path, **{**case.overrides, **changes})
+    batch = cases.batch_for(arguments)
+    vocab = case.overrides["vocab_size"]
+    batch["input_ids"] = batch["input_ids"] % (vocab - 1) + (batch["attention_mask"] > 0)
+    if kind == "causal_lm":
+        labels = batch["labels"]
+        batch["labels"] = torch.where(labels < 0, labels, labels % vocab)
+    a, b = ours(**batch), theirs(**batch)
+    mask = batch["attention_mask"]
+    cases.close(cases.scores(a, mask), cases.scores(b, mask))
+    cases.close(a.loss, b.loss)
+    found, expected = (
+        cases.gradients(model, lambda model: model(**batch).loss) for model in (ours, theirs)
+    )
+    cases.close_gradients(found, expected)
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("name", cases.LOSSES)
+def test_gradients_on_the_kernels(name: str, tmp_path: Path) -> None:
+    from kernel_backends import _emulated
+
+    _emulated()  # builds it
+    kind, changes, arguments = cases.LOSSES[name]
+    theirs, reference = cases.pair("exaone4", kind, tmp_path, **changes)
+    ours = exafuse.from_pretrained(tmp_path, device="cpu", backend="emulated")
+    batch = cases.batch_for(arguments)
+    found, plain, expected = (
+        cases.gradients(model, lambda model: model(**batch).loss)
+        for model in (ours, reference, theirs)
+    )
+    cases.close_gradients(found, expected)
+    assert any(not torch.equal(found[n], plain[n]) for n in found), "no kernel has run"
 
 
 def test_the_embedding_of_the_pad_id_is_not_trained(tmp_path: Path) -> None:
@@ -286,6 +328,17 @@ def test_generate_names_what_it_needs(family: str) -> None:
             model.generate(torch.tensor([[1, 2]]))
 
 
+def test_chat_names_what_it_needs(tmp_path: Path) -> None:
+    import chat_tokenizers
+
+    chat_tokenizers.save_family("exaone4", tmp_path)
+    processor = exafuse.load_processor(tmp_path)
+    config = cases.build("llama", "base").config.to_dict()
+    model = exafuse.from_config(config, device="cpu", head="sequence_classification")
+    with pytest.raises(ValueError, match=r"generate: expected a language model"):
+        exafuse.chat(model, processor, [{"role": "user", "content": "hi"}])
+
+
 def test_a_family_without_heads_says_so() -> None:
     from exafuse.verification.tiny import TINY_CONFIGS
 
@@ -307,6 +360,7 @@ def test_copies_and_pickles_of_a_classifier(tmp_path: Path) -> None:
     assert torch.equal(twin(**batch).logits, ours(**batch).logits)
 
 
+@pytest.mark.slow
 def test_a_classifier_learns() -> None:
     """Which of two tokens ends a text: 60 steps of Adam on the reference."""
     config = cases.build("exaone4", "sequence_classification").config.to_dict()

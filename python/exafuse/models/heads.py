@@ -126,7 +126,7 @@ class SequenceClassifier(Backbone):
                 warnings.warn(
                     "inputs_embeds: padding cannot be told from tokens, the last column of every "
                     "row is classified",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
             last = torch.full((batch,), columns - 1, device=self.device)
         else:
