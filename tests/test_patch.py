@@ -335,3 +335,28 @@ def test_a_patched_model_compiles_whole(model: Any) -> None:
 
     plain, ours = plain_and_patched(model, call)
     drop_in_cases.close(ours, plain)
+
+
+def test_another_activation_stays_transformers_own(caplog: pytest.LogCaptureFixture) -> None:
+    model = drop_in_cases.build("llama", hidden_act="gelu")
+    with caplog.at_level(logging.WARNING, "exafuse"):
+        plain, ours = plain_and_patched(model, drop_in_cases.logits)
+    drop_in_cases.close(ours, plain)
+    assert "its activation is GELUActivation" in caplog.text
+
+
+def test_a_norm_hooked_after_the_patch_is_restored_in_its_hook(model: Any) -> None:
+    """accelerate's hooks wrap the forward that they find; unpatch gives them the plain one."""
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = drop_in_cases.logits(twin)
+        exafuse.patch(twin)
+        cpu_offload(twin, execution_device=torch.device("cpu"))
+        drop_in_cases.close(drop_in_cases.logits(twin), expected)
+        exafuse.unpatch(twin)
+        assert torch.equal(drop_in_cases.logits(twin), expected)
+        remove_hook_from_submodules(twin)
+        assert not [m for m in twin.modules() if type(vars(m).get("forward")).__name__ == "partial"]

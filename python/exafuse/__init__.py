@@ -22,7 +22,13 @@ from exafuse.errors import (
 
 if TYPE_CHECKING:
     from exafuse import ops, reference
+    from exafuse.integrations.monkey_patching import (
+        patch_transformers,
+        patched_transformers,
+        unpatch_transformers,
+    )
     from exafuse.integrations.patching import patch, patched, unpatch
+    from exafuse.integrations.processors import PresencePenalty
     from exafuse.models import from_config, from_pretrained
     from exafuse.ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
     from exafuse.text.chat import chat
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "PresencePenalty": "exafuse.integrations.processors",
     "chat": "exafuse.text.chat",
     "flash_attn_func": "exafuse.ops",
     "flash_attn_varlen_func": "exafuse.ops",
@@ -41,9 +48,12 @@ _LAZY = {
     "load_processor": "exafuse.text.loading",
     "ops": "exafuse.ops",
     "patch": "exafuse.integrations.patching",
+    "patch_transformers": "exafuse.integrations.monkey_patching",
     "patched": "exafuse.integrations.patching",
+    "patched_transformers": "exafuse.integrations.monkey_patching",
     "reference": "exafuse.reference",
     "unpatch": "exafuse.integrations.patching",
+    "unpatch_transformers": "exafuse.integrations.monkey_patching",
     "verify": "exafuse.verification.verify",
 }
 
@@ -54,6 +64,7 @@ __all__ = [
     "DoesNotFitError",
     "ExafuseError",
     "MediaError",
+    "PresencePenalty",
     "TemplateError",
     "__version__",
     "chat",
@@ -65,9 +76,12 @@ __all__ = [
     "load_processor",
     "ops",
     "patch",
+    "patch_transformers",
     "patched",
+    "patched_transformers",
     "reference",
     "unpatch",
+    "unpatch_transformers",
     "verify",
 ]
 

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
-from exafuse.integrations.transformers import NAME, attention
+from exafuse.integrations.transformers import NAME, attention, say_once
 
 
 class RopeRows(NamedTuple):
@@ -55,7 +56,11 @@ def rms_norm(ops: ModuleType, self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def mlp(ops: ModuleType, self: Any, x: Tensor) -> Tensor:
-    """``down(silu(gate(x)) * up(x))``."""
+    """``down(silu(gate(x)) * up(x))``; another activation stays transformers' own."""
+    if not isinstance(self.act_fn, _SILU):
+        say_once(f"the MLP stays as it is: its activation is {type(self.act_fn).__name__}")
+        plain: Tensor = type(self).forward(self, x)
+        return plain
     out: Tensor = self.down_proj(ops.silu_and_mul(self.gate_proj(x), self.up_proj(x)))
     return out
 
@@ -208,6 +213,7 @@ def _norm_then_add(ops: ModuleType, norm: Any, x: Tensor, residual: Tensor) -> T
     return total
 
 
+_SILU = (SiLUActivation, nn.SiLU)
 _LAYER_ARGUMENTS = (
     "attention_mask",
     "position_ids",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, TypeVar
@@ -40,7 +40,9 @@ FORWARDS: dict[str, Callable[..., Any]] = {
     "Exaone4_5_VisionModel": layers.vision_tower,
 }
 
-_STATE = "_exafuse_patch"  # on the patched model: how to undo it
+# On a patched model or layer: the configs whose attention was changed, and what it was.
+_ATTENTION = "_exafuse_attention"
+_FORWARD = "_exafuse_forward"  # on a patched layer: what stood in its __dict__ as forward
 
 
 def patch(model: Model, backend: str = "auto") -> Model:
@@ -64,44 +66,35 @@ def patch(model: Model, backend: str = "auto") -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a loaded transformers model, got {type(model).__name__}")
-    if hasattr(model, _STATE):
+    if is_patched(model):
         raise ValueError("model: is patched already; call exafuse.unpatch(model) first")
-    targets = [(module, FORWARDS[name]) for module, name in _known_layers(model)]
-    if not targets:
+    register()
+    if not replace_forwards(model, resolve_backend(backend)):
         raise ValueError(
             f"model: expected a transformers model of Llama, Qwen2, EXAONE 4 or EXAONE 4.5, got "
             f"{type(model).__name__} without any of their layers"
         )
-    register()
-    ops = resolve_backend(backend)
-    configs = _attention_implementations(model)
-    undo = [(config, "_attn_implementation_internal", name) for config, name in configs]
-    for config, _ in configs:
-        config._attn_implementation_internal = NAME
-    for module, forward in targets:
-        # An offloading hook keeps the forward that it wraps under another name.
-        attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-        undo.append((module, attribute, module.__dict__.get(attribute, _ABSENT)))
-        setattr(module, attribute, types.MethodType(_method(forward, ops, type(module)), module))
-    setattr(model, _STATE, undo)
+    use_our_attention(model)
     return model
 
 
 def unpatch(model: Model) -> Model:
-    """Undo :func:`patch`: the model computes what it computed before, bit by bit.
+    """Undo :func:`patch`, or what :func:`exafuse.patch_transformers` did to a model built under it:
+    the model computes what plain transformers computes, bit by bit.
 
     Raises:
         ValueError: the model is not patched.
     """
-    undo = getattr(model, _STATE, None)
-    if undo is None:
-        raise ValueError("model: expected one that exafuse.patch was called on")
-    for owner, attribute, value in reversed(undo):
-        if value is _ABSENT:
-            delattr(owner, attribute)
-        else:
-            setattr(owner, attribute, value)
-    delattr(model, _STATE)
+    if not is_patched(model):
+        raise ValueError(
+            "model: expected one that exafuse.patch was called on, or that was loaded under "
+            "exafuse.patch_transformers"
+        )
+    for module in model.modules():
+        for config, name in vars(module).pop(_ATTENTION, ()):
+            config._attn_implementation_internal = name
+        if _FORWARD in vars(module):
+            _restore_forward(module)
     return model
 
 
@@ -113,6 +106,55 @@ def patched(model: Model, backend: str = "auto") -> Iterator[Model]:
         yield model
     finally:
         unpatch(model)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether any layer of the model runs one of our forwards."""
+    return any(_FORWARD in vars(module) for module in model.modules())
+
+
+def replace_forwards(model: nn.Module, ops: ModuleType) -> bool:
+    """Give every layer that we know, and that has none yet, our forward on ``ops``.
+
+    Returns:
+        Whether there is any such layer.
+    """
+    layers = [(module, FORWARDS[name]) for module, name in _known_layers(model)]
+    for module, forward in layers:
+        if _FORWARD not in vars(module):
+            # An offloading hook keeps the forward that it wraps under another name.
+            attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+            vars(module)[_FORWARD] = vars(module).get(attribute, _ABSENT)
+            method = types.MethodType(_method(forward, ops, type(module)), module)
+            setattr(module, attribute, method)
+    return bool(layers)
+
+
+def use_our_attention(model: nn.Module, instead_of: Container[str] | None = None) -> None:
+    """Set the configs in the model to our attention; :func:`unpatch` sets them back.
+
+    ``instead_of``: only those that name one of these; None = all.
+    """
+    before = []
+    for config, name in _attention_implementations(model):
+        if instead_of is None or name in instead_of:
+            before.append((config, name))
+            config._attn_implementation_internal = NAME
+    if before:
+        vars(model)[_ATTENTION] = before
+
+
+def _restore_forward(module: nn.Module) -> None:
+    before = vars(module).pop(_FORWARD)
+    hooked = vars(module).get("_old_forward")  # a hook that came after us wraps our method
+    if isinstance(hooked, types.MethodType) and hasattr(hooked.__func__, _FORWARD):
+        if before is _ABSENT:
+            before = types.MethodType(type(module).forward, module)
+        module._old_forward = before
+    elif before is _ABSENT:
+        del module.forward
+    else:
+        module.forward = before
 
 
 class _Absent:
@@ -152,4 +194,5 @@ def _method(
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(ops, self, *args, **kwargs)
 
+    setattr(method, _FORWARD, True)  # how an undo knows it
     return method

@@ -89,7 +89,7 @@ def attention(
                 'attn_implementation="eager"'
             )
     if kwargs.get("output_attentions"):
-        _say_once('attention weights are never formed: use attn_implementation="eager" for them')
+        say_once('attention weights are never formed: use attn_implementation="eager" for them')
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask = CompactMask.unpack(attention_mask)
     if attention_mask is None:
@@ -97,7 +97,7 @@ def attention(
     query, key, value = _autocast(query, key, value)
     reason = _why_not(query, key, value, dropout, mask)
     if reason:
-        _say_once(f"this attention runs on torch's SDPA: {reason}")
+        say_once(f"this attention runs on torch's SDPA: {reason}")
         if mask is not None:
             attention_mask = mask.explicit(query.shape[2], key.shape[2], query.device)
         return _sdpa(module, query, key, value, attention_mask, scaling, dropout, causal)
@@ -276,7 +276,8 @@ def _sdpa(
     return out, None
 
 
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Warn of this once in the life of the process."""
     # A compiled graph cannot speak; the same call without compilation does.
     if not torch.compiler.is_compiling() and message not in _said:
         _said.add(message)
