@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import chat_tokenizers
+import head_cases
 import tiny_models
 import torch
 import transformers
@@ -47,7 +48,10 @@ CONVERSATIONS: tuple[tuple[list[dict[str, Any]], dict[str, Any], str], ...] = (
     (WEATHER + RESULT, {"tools": [get_weather]}, "It has 21 degrees."),
 )
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "llama": {
+        "intermediate_size": 128,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    },
     "qwen2": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
     "exaone4": {
         "num_hidden_layers": 4,
@@ -55,6 +59,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
     },
 }
+HEADS = ("causal_lm", "sequence_classification", "token_classification", "question_answering")
 FRONT_ENDS = {"llama": "llama3", "qwen2": "qwen2", "exaone4": "exaone4"}
 
 
@@ -82,6 +87,18 @@ def save(family: str, folder: Path) -> Path:
     train(model, tokenizer, samples)
     model.save_pretrained(folder)
     return folder
+
+
+def save_heads(family: str, folder: Path) -> dict[str, str]:
+    """Random models of a family, with the tokenizer of it: folders by the head they have."""
+    folders = {}
+    for kind in HEADS:
+        folders[kind] = str(folder / kind)
+        chat_tokenizers.save_family(FRONT_ENDS[family], folder / kind)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / kind)
+        sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        head_cases.build(family, kind, **sizes).save_pretrained(folder / kind)
+    return folders
 
 
 def save_seeing(folder: Path, media: Sequence[tuple[Mapping[str, Any], str]]) -> Path:
