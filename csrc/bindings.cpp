@@ -103,4 +103,11 @@ PYBIND11_MODULE(EXAFUSE_MODULE, m) {
         no_gil);
   m.def("rms_norm_backward_workspace", &exafuse::rms_norm_backward_workspace, "num_rows"_a,
         "hidden"_a, "element_size"_a);
+  m.def("qk_norm_rope_backward", &exafuse::qk_norm_rope_backward, "grad_q"_a, "grad_k"_a,
+        "grad_v"_a, "q"_a, "k"_a, "q_weight"_a, "k_weight"_a, "cos"_a, "sin"_a, "positions"_a,
+        "eps"_a, "workspace"_a, "d_q"_a, "d_k"_a, "d_v"_a, "d_q_weight"_a, "d_k_weight"_a, no_gil);
+  m.def("qk_norm_rope_backward_workspace", &exafuse::qk_norm_rope_backward_workspace,
+        "num_tokens"_a, "head_dim"_a, "element_size"_a);
+  m.def("silu_and_mul_backward", &exafuse::silu_and_mul_backward, "grad"_a, "gate"_a, "up"_a,
+        "grad_gate"_a, "grad_up"_a, no_gil);
 }

@@ -155,3 +155,30 @@ def add_rms_norm_backward(
     workspace: Tensor | None,
 ) -> None: ...
 def rms_norm_backward_workspace(num_rows: int, hidden: int, element_size: int) -> int: ...
+def qk_norm_rope_backward(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor | None,
+    q: Tensor | None,
+    k: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    eps: float,
+    workspace: Tensor | None,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor | None,
+    d_q_weight: Tensor | None,
+    d_k_weight: Tensor | None,
+) -> None: ...
+def qk_norm_rope_backward_workspace(num_tokens: int, head_dim: int, element_size: int) -> int: ...
+def silu_and_mul_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    grad_gate: Tensor,
+    grad_up: Tensor | None,
+) -> None: ...

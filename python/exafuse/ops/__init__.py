@@ -64,7 +64,9 @@ vision_attn = _default.vision_attn
 
 # Gradients, for exafuse.ops.registered alone: they belong to no API.
 add_rms_norm_backward = _default.add_rms_norm_backward
+qk_norm_rope_backward = _default.qk_norm_rope_backward
 rms_norm_backward = _default.rms_norm_backward
+silu_and_mul_backward = _default.silu_and_mul_backward
 
 
 @functools.cache

@@ -50,11 +50,14 @@ KERNELS = (
 # The kernels that compute gradients, which the registered ops call.
 GRADIENTS = (
     "add_rms_norm_backward",
+    "qk_norm_rope_backward",
     "rms_norm_backward",
+    "silu_and_mul_backward",
 )
 # What says how much memory some of them want beside their results.
 WORKSPACES = (
     "flash_attn_with_kvcache_workspace",
+    "qk_norm_rope_backward_workspace",
     "rms_norm_backward_workspace",
     "vision_attn_workspace",
 )

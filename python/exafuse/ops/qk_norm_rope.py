@@ -1,12 +1,16 @@
-"""QK-norm, RoPE and the cache write on the kernel of csrc/kernels/qk_norm_rope.cu."""
+"""QK-norm, RoPE and the cache write on the kernel of csrc/kernels/qk_norm_rope.cu, and gradients on
+that of qk_norm_rope_backward.cu."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from exafuse import reference
-from exafuse.ops.front_door import FrontDoor, documented_by
+from exafuse.ops.front_door import FrontDoor, documented_by, with_rows
+from exafuse.reference import backward
 from exafuse.reference._check import check_buffers, check_heads
 from exafuse.reference.qk_norm_rope import Qkv, qkv_parts
 
@@ -127,6 +131,95 @@ class RopeOps(FrontDoor):
         if out is not None:
             self.written(q_out, k_out)
         return q_out, k_out
+
+    def qk_norm_rope_backward(
+        self,
+        grad_q: Tensor,
+        grad_k: Tensor,
+        grad_v: Tensor | None,
+        q: Tensor | None,
+        k: Tensor | None,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        positions: Tensor | None,
+        eps: float,
+        q_weight_grad: bool,
+        k_weight_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of what ``qk_norm_rope`` was given.
+
+        Args:
+            grad_q: ``[num_tokens, num_heads, head_dim]``.
+            grad_k: ``[num_tokens, num_kv_heads, head_dim]``.
+            grad_v: as ``grad_k`` if the gradient of a packed ``qkv`` is wanted, None if those of q
+                and k alone are: that of v is ``grad_v`` itself.
+            q, k: as the gradients, what the op was given; None where there is no norm.
+            q_weight ... eps: as in ``qk_norm_rope``.
+            q_weight_grad, k_weight_grad: whether gradients of weights are wanted.
+
+        Returns:
+            Those of the packed ``qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]`` and
+            an empty tensor, or of q and of k; then of ``q_weight`` and of ``k_weight``, empty
+            tensors where they are not wanted.
+        """
+        kernels = self.kernels(grad_q, grad_k, grad_v, q, k, q_weight, k_weight)
+        if kernels is not None:
+            try:
+                results, parts = _new_gradients(grad_q, grad_k, grad_v is not None)
+                d_weights = [
+                    torch.empty_like(weight, memory_format=torch.contiguous_format)
+                    if weight is not None and wanted
+                    else None
+                    for weight, wanted in ((q_weight, q_weight_grad), (k_weight, k_weight_grad))
+                ]
+                workspace = None
+                if any(x is not None for x in d_weights):
+                    workspace = _weight_workspace(kernels, grad_q)
+                kernels.qk_norm_rope_backward(
+                    *(x if x is None else with_rows(x) for x in (grad_q, grad_k, grad_v)),
+                    *(q, k, q_weight, k_weight, cos, sin, positions, eps),
+                    *(workspace, *parts, *d_weights),
+                )
+                of_q, of_k = (grad_q.new_empty(0) if x is None else x for x in d_weights)
+                return *results, of_q, of_k
+            except kernels.NotAPlainTensor:
+                pass
+        rope = (cos, sin, positions, eps)
+        d_q, d_q_weight = backward.norm_rope(grad_q, q, q_weight, *rope)
+        d_k, d_k_weight = backward.norm_rope(grad_k, k, k_weight, *rope)
+        of_q, of_k = (
+            x if x is not None and wanted else grad_q.new_empty(0)
+            for x, wanted in ((d_q_weight, q_weight_grad), (d_k_weight, k_weight_grad))
+        )
+        if grad_v is None:
+            return d_q.flatten(1), d_k.flatten(1), of_q, of_k
+        packed = torch.cat([x.flatten(1) for x in (d_q, d_k, grad_v)], 1)
+        return packed, grad_q.new_empty(0), of_q, of_k
+
+
+def _new_gradients(
+    grad_q: Tensor, grad_k: Tensor, is_packed: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
+    """The two tensors that the backward op returns, and its parts as heads: q, k and v."""
+    num_tokens, num_heads, head_dim = grad_q.shape
+    num_kv_heads = grad_k.shape[1]
+    if not is_packed:
+        d_q = grad_q.new_empty((num_tokens, num_heads * head_dim))
+        d_k = grad_q.new_empty((num_tokens, num_kv_heads * head_dim))
+        return (d_q, d_k), (d_q.view(grad_q.shape), d_k.view(grad_k.shape), None)
+    heads = num_heads + 2 * num_kv_heads
+    packed = grad_q.new_empty((num_tokens, heads * head_dim))
+    views = packed.view(num_tokens, heads, head_dim)
+    q, k, v = torch.split(views, [num_heads, num_kv_heads, num_kv_heads], 1)
+    return (packed, grad_q.new_empty(0)), (q, k, v)
+
+
+def _weight_workspace(kernels: Any, grad_q: Tensor) -> Tensor:
+    sizes = grad_q.shape[0], grad_q.shape[2], grad_q.element_size()
+    num_bytes = kernels.qk_norm_rope_backward_workspace(*sizes)
+    return torch.empty(num_bytes // 4, dtype=torch.float32, device=grad_q.device)
 
 
 def _head_dim(q: Tensor, heads: int) -> int:

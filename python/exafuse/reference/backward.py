@@ -39,7 +39,7 @@ def silu_and_mul(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor
 
 def norm_rope(
     grad: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
@@ -47,14 +47,14 @@ def norm_rope(
     eps: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Of ``x [num_tokens, heads, head_dim]`` and ``weight [head_dim]`` for the q or k part of
-    ``qk_norm_rope``; a rotation is undone by the opposite one."""
+    ``qk_norm_rope``; a rotation is undone by the opposite one. Without a weight x is not needed."""
     g = grad.float()
     if cos is not None and sin is not None:
         assert positions is not None
         rows = positions.clamp(0, cos.shape[0] - 1)
         g = rotate_fp32(g, cos.index_select(0, rows).float(), -sin.index_select(0, rows).float())
-    if weight is None:
-        return g.to(x.dtype), None
+    if weight is None or x is None:
+        return g.to(grad.dtype), None
     grad_x, grad_weight = _norm_fp32(g, x.float(), weight.float(), eps)
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 

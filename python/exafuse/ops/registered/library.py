@@ -42,6 +42,11 @@ def like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def like_if(wanted: bool, x: Tensor) -> Tensor:
+    """The same, or the empty tensor that stands for a gradient nobody wants."""
+    return like(x) if wanted else x.new_empty(0)
+
+
 def _plain(x: Any) -> Any:
     """Subclasses without a dispatch of their own arrive here as they are."""
     if isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter):

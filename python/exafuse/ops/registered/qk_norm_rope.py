@@ -10,12 +10,13 @@ from torch import Tensor
 from exafuse.ops.registered.library import (
     check_writable,
     differentiate,
+    differentiate_once,
     direct,
     like,
+    like_if,
     register,
     registered,
 )
-from exafuse.reference import backward
 from exafuse.reference._check import check_buffers, check_tables_constant, deliver, needs_grad
 from exafuse.reference.qk_norm_rope import Qkv, qkv_parts, split_qkv
 
@@ -51,39 +52,24 @@ def _run_cache(q: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any) -> Ten
     return out
 
 
-def _backward(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    num_heads: int,
-    num_kv_heads: int,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    *rope: Any,
-) -> tuple[Tensor, ...]:
-    q_part, k_part, _ = _parts(q, k, v, num_heads, num_kv_heads)
-    d_q, d_q_weight = backward.norm_rope(grad_q, q_part, q_weight, *rope)
-    d_k, d_k_weight = backward.norm_rope(grad_k, k_part, k_weight, *rope)
-    inputs = [x.flatten(1) for x in (d_q, d_k, grad_v)]
-    if k is None:
-        inputs = [torch.cat(inputs, 1), grad_q.new_empty(0), grad_q.new_empty(0)]
-    weights = [x if x is not None else grad_q.new_empty(0) for x in (d_q_weight, d_k_weight)]
-    given = {x.untyped_storage().data_ptr() for x in (grad_q, grad_k, grad_v)}
-    return tuple(
-        x.clone() if x.untyped_storage().data_ptr() in given and x.numel() else x
-        for x in (*inputs, *weights)
-    )
-
-
 def _fake_backward(
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None,
-    num_heads: int, num_kv_heads: int, q_weight: Tensor | None, k_weight: Tensor | None, *rope: Any,
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor | None, q: Tensor | None, k: Tensor | None,
+    q_weight: Tensor | None, k_weight: Tensor | None, cos: Any, sin: Any, positions: Any,
+    eps: float, q_weight_grad: bool, k_weight_grad: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    given = (q, k, v, q_weight, k_weight)
-    return tuple(grad_q.new_empty(0) if x is None else like(x) for x in given)
+    num_tokens, num_heads, head_dim = grad_q.shape
+    num_kv_heads = grad_k.shape[1]
+    if grad_v is None:
+        d_q = grad_q.new_empty((num_tokens, num_heads * head_dim))
+        d_k = grad_q.new_empty((num_tokens, num_kv_heads * head_dim))
+    else:
+        d_q = grad_q.new_empty((num_tokens, (num_heads + 2 * num_kv_heads) * head_dim))
+        d_k = grad_q.new_empty(0)
+    of_weights = (
+        grad_q.new_empty(0) if weight is None else like_if(wanted, weight)
+        for weight, wanted in ((q_weight, q_weight_grad), (k_weight, k_weight_grad))
+    )
+    return d_q, d_k, *of_weights
 
 
 register(
@@ -94,9 +80,9 @@ register(
     ),
 )
 register(
-    f"qk_norm_rope_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, {_QKV}, {_ROPE})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    "qk_norm_rope_backward(Tensor grad_q, Tensor grad_k, Tensor? grad_v, Tensor? q, Tensor? k,"
+    f" {_ROPE}, bool q_weight_grad, bool k_weight_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda *arguments: direct.qk_norm_rope_backward(*arguments),
     _fake_backward,
 )
 register(
@@ -110,23 +96,38 @@ register(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    tensors = (*inputs[:3], *inputs[5:10])
+    q, k, _, *heads, q_weight, k_weight, cos, sin, positions, ctx.eps = inputs
+    ctx.heads, ctx.packed = heads, k is None
+    # What has no norm is not needed: a rotation is undone without it. Nor is v.
+    if ctx.packed:
+        q = q if q_weight is not None or k_weight is not None else None
+    else:
+        q, k = q if q_weight is not None else None, k if k_weight is not None else None
+    tensors = (q, k, q_weight, k_weight, cos, sin, positions)
     ctx.given = tuple(x is not None for x in tensors)
-    ctx.heads, ctx.eps = inputs[3:5], inputs[10]
     ctx.save_for_backward(*(x for x in tensors if x is not None))
 
 
-def _gradient(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+def _gradient(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Any, ...]:
     saved = iter(ctx.saved_tensors)
-    tensors = [next(saved) if given else None for given in ctx.given]
-    results = registered.qk_norm_rope_backward(
-        *grads, *tensors[:3], *ctx.heads, *tensors[3:], ctx.eps
+    q, k, q_weight, k_weight, *table = (next(saved) if given else None for given in ctx.given)
+    if ctx.packed and q is not None:
+        q, k, _ = _parts(q, None, None, *ctx.heads)
+    else:
+        q, k = (x if x is None else x.unflatten(1, (-1, grad_q.shape[2])) for x in (q, k))
+    wanted = ctx.needs_input_grad[5:7]
+    d_q, d_k, *d_weights = registered.qk_norm_rope_backward(
+        *(grad_q, grad_k, grad_v if ctx.packed else None),
+        *(q if q_weight is not None else None, k if k_weight is not None else None),
+        *(q_weight, k_weight, *table, ctx.eps, *wanted),
     )
-    d = [x if given else None for x, given in zip(results, ctx.given[:5], strict=True)]
-    return (*d[:3], None, None, *d[3:], None, None, None, None)
+    inputs = (d_q, None, None) if ctx.packed else (d_q, d_k, grad_v.flatten(1))
+    of_weights = (x if is_wanted else None for x, is_wanted in zip(d_weights, wanted, strict=True))
+    return (*inputs, None, None, *of_weights, None, None, None, None)
 
 
 differentiate("qk_norm_rope", _save, _gradient)
+differentiate_once("qk_norm_rope_backward")
 
 
 def qk_norm_rope(

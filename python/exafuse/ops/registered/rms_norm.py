@@ -11,6 +11,7 @@ from exafuse.ops.registered.library import (
     differentiate_once,
     direct,
     like,
+    like_if,
     register,
     registered,
 )
@@ -35,7 +36,7 @@ register(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, bool weight_grad)"
     " -> (Tensor, Tensor)",
     lambda *arguments: direct.rms_norm_backward(*arguments),
-    lambda grad, x, weight, eps, weight_grad: (like(x), _like_if(weight_grad, weight)),
+    lambda grad, x, weight, eps, weight_grad: (like(x), like_if(weight_grad, weight)),
 )
 register(
     "add_rms_norm_backward(Tensor grad, Tensor grad_residual, Tensor new_residual, Tensor weight,"
@@ -43,13 +44,9 @@ register(
     lambda *arguments: direct.add_rms_norm_backward(*arguments),
     lambda grad, grad_residual, new_residual, weight, eps, weight_grad: (
         like(new_residual),
-        _like_if(weight_grad, weight),
+        like_if(weight_grad, weight),
     ),
 )
-
-
-def _like_if(wanted: bool, x: Tensor) -> Tensor:
-    return like(x) if wanted else x.new_empty(0)
 
 
 def _save_normed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

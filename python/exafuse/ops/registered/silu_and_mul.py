@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from exafuse.ops.registered.library import differentiate, direct, like, register, registered
-from exafuse.reference import backward
+from exafuse.ops.registered.library import (
+    differentiate,
+    differentiate_once,
+    direct,
+    like,
+    register,
+    registered,
+)
 from exafuse.reference._check import deliver
 
 
@@ -20,11 +25,6 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     return gate[..., :size], gate[..., size:]
 
 
-def _backward(grad: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
-    grads = backward.silu_and_mul(grad, *_halves(gate, up))
-    return grads if up is not None else (torch.cat(grads, -1), grad.new_empty(0))
-
-
 register(
     "silu_and_mul(Tensor gate, Tensor? up) -> Tensor",
     lambda gate, up: direct.silu_and_mul(gate, up),
@@ -32,7 +32,7 @@ register(
 )
 register(
     "silu_and_mul_backward(Tensor grad, Tensor gate, Tensor? up) -> (Tensor, Tensor)",
-    _backward,
+    lambda grad, gate, up: direct.silu_and_mul_backward(grad, gate, up),
     lambda grad, gate, up: (
         like(gate),
         grad.new_empty(0) if up is None else like(up),
@@ -52,6 +52,7 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 differentiate("silu_and_mul", _save, _gradient)
+differentiate_once("silu_and_mul_backward")
 
 
 def silu_and_mul(gate_up: Tensor, up: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
