@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .case import Call, Contender, Inputs, Unsupported, compiled
 
-# A dense mask beyond this is what nobody would allocate; the row says so.
-LARGEST_MASK = 1 << 31
+# Bytes of a dense mask, and of scores held as a whole, beyond which nobody would allocate them.
+LARGEST_MASK, LARGEST_SCORES = 1 << 31, 1 << 33
 SDPA = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -69,6 +69,9 @@ def sdpa(name: str, inputs: Inputs, window: Window) -> Call:
     """torch's scaled_dot_product_attention by one of its kernels."""
     q, k, v = heads_first(inputs)
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+    score_bytes = q.shape[0] * q.shape[1] * seqlen_q * seqlen_k * q.itemsize
+    if name == "sdpa-math" and score_bytes > LARGEST_SCORES:
+        raise Unsupported(f"would hold scores of {score_bytes >> 30} GiB")
     # Its causal mask is aligned top-left, which is ours for equal lengths only.
     causal = window == (-1, 0) and seqlen_q == seqlen_k
     mask = None

@@ -17,7 +17,7 @@ Inputs = dict[str, Any]
 # library does once for many calls (layout, plan, compilation) is done here.
 Prepare = Callable[[Inputs], Call]
 
-FULL, QUICK = Effort(repeats=40, seconds=1.0), Effort(repeats=15, seconds=0.1)
+FULL, QUICK = Effort(repeats=30, seconds=0.25), Effort(repeats=15, seconds=0.05)
 EPS = 1e-6
 
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from . import results
+from . import plots, report, results
 from .run import SUITES, Bench, settings_for, slug
 
 
@@ -27,6 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = arguments.suite or ["all"]
     suites = SUITES if "all" in chosen else tuple(s for s in SUITES if s in chosen)
     baseline = results.read(Path(arguments.baseline)) if arguments.baseline else None
+    if arguments.png:
+        plots.check_matplotlib()
     if arguments.minutes is not None and not arguments.minutes > 0:
         raise ValueError(f"minutes: expected more than 0, got {arguments.minutes}")
     limit_s = 60 * arguments.minutes if arguments.minutes else float("inf")
@@ -40,9 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.results:
         save(result, Path(arguments.results))
     if arguments.png:
-        from .plots import draw
-
-        for file in draw([result], Path(arguments.png)):
+        for file in plots.draw([result], Path(arguments.png)):
             print(f"drawn: {file}")
     bad = [row for row in result.rows if row.status == "wrong"]
     bad += [r for r in result.rows if r.contender == "exafuse" and r.status == "failed"]
@@ -50,9 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{row.status}: {row.op} {row.model} {row.case}, {row.contender}: {row.reason}")
     slower = []
     if baseline is not None:
-        from .report import compare
-
-        slower = compare(result, baseline)
+        slower = report.compare(result, baseline)
         print("\n".join(slower) if slower else "no row is over 5 % slower than the baseline")
     print(f"\n{len(result.rows)} rows in {result.seconds:.0f} s")
     return 1 if bad or slower else 0

@@ -25,7 +25,8 @@ class Row:
     that the floor comes from ("copy", "read", "matmul"); ``percent`` is floor over time.
     ``ratio`` is the time of the fastest peer over this one's: above 1 is faster than every peer.
     ``error`` is the relative error against the definition; ``mode`` how it was timed ("graph",
-    "events", "host"); ``cold`` whether the inputs of a call had left the cache.
+    "events", "host"); ``cold`` whether the inputs of a call had left the cache; ``clocks`` are
+    those before and after the case.
     """
 
     suite: str

@@ -135,12 +135,13 @@ class Bench:
                 row.status, row.reason = "out of memory", f"inputs: {one_line(error)}"
             free(device)
             return list(rows.values())
+        before = clocks(device)
         for contender in contenders:
-            row = rows[contender.name]
-            row.clocks = {"before": clocks(device)}
-            self._compete(contender, row, sets, expected, cold)
-            row.clocks["after"] = clocks(device)
+            self._compete(contender, rows[contender.name], sets, expected, cold)
             free(device)
+        around = {"before": before, "after": clocks(device)}
+        for row in rows.values():
+            row.clocks = around
         return list(rows.values())
 
     def _sets(self, case: Case) -> tuple[list[Inputs], bool]:

@@ -92,7 +92,7 @@ _SIZES = {
     ("cuda", False): Sizes(
         models=MODELS,
         tokens=(1, 8192),
-        prefill=(2048, 4096, 8192, 32768),
+        prefill=(2048, 8192, 32768),
         chunks=((512, 32768),),
         packed=(4096, 2048, 1024, 512, 512),
         decode=((1, 1024), (1, 4096), (1, 32768), (1, 131072), (8, 4096), (8, 32768), (32, 4096)),
@@ -122,7 +122,7 @@ _SIZES = {
     ),
     ("cpu", True): Sizes(
         models=(EXAONE_32B, EXAONE_1_2B),
-        tokens=(1, 64),
+        tokens=(1, 16),
         prefill=(32, 64, 128),
         chunks=((16, 128),),
         packed=(64, 32, 16),
