@@ -329,3 +329,14 @@ def test_commands_say_what_a_classifiers_folder_is(
     written = plan(folder).to_dict()
     assert written["head"] == kind
     assert written["num_parameters"] == sum(p.numel() for p in load(tmp_path).parameters())
+
+
+def test_a_quantised_body_and_a_plain_head(tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="quantising needs torchao (the extra quant)")
+    theirs, plain = cases.pair("llama", "sequence_classification", tmp_path)
+    model = exafuse.from_pretrained(tmp_path, device="cpu", quantize="int8")
+    assert torch.equal(model.score.weight, theirs.score.weight)
+    batch = cases.inputs()
+    with torch.no_grad():
+        exact, rounded = plain(**batch).logits, model(**batch).logits
+    assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.05
