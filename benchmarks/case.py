@@ -63,12 +63,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run was asked for. ``peers``: only these; None = all there are."""
+    """What a run was asked for. ``peers``: only these; None = all there are. ``profile``: a folder
+    for traces of whole models, or None."""
 
     device: torch.device
     quick: bool = False
     peers: tuple[str, ...] | None = None
     dtype: torch.dtype = torch.bfloat16
+    profile: str | None = None
 
     @property
     def sizes(self) -> Sizes:

@@ -40,6 +40,7 @@ PEERS = {
     "flex": Library(
         "FlexAttention, compiled", "torch.nn.attention.flex_attention", slow_on_cpu=True
     ),
+    "transformers": Library("transformers' models", "transformers", "transformers"),
     "liger": Library("Liger kernels", "liger_kernel", "liger-kernel", GPU),
     "flashinfer": Library("FlashInfer", "flashinfer", "flashinfer-python", GPU),
     "quack": Library("QuACK", "quack", "quack-kernels", GPU),

@@ -159,7 +159,9 @@ def finish(rows: Iterable[Row], ceilings: Ceilings) -> None:
         by_case.setdefault(row.key[:3], []).append(row)
     for same_case in by_case.values():
         timed = [(row, row.time_us) for row in same_case if row.time_us is not None]
-        peers = [(time, row.contender) for row, time in timed if row.contender != "exafuse"]
+        peers = [
+            (time, row.contender) for row, time in timed if not row.contender.startswith("exafuse")
+        ]
         best_us, best = min(peers, default=(None, ""))
         for row, time_us in timed:
             if row.bytes:
