@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
         [p for p in wanted if p] if wanted else wanted,
         arguments.dtype,
     )
+    settings = dataclasses.replace(settings, profile=arguments.profile)
     chosen = arguments.suite or ["all"]
     suites = SUITES if "all" in chosen else tuple(s for s in SUITES if s in chosen)
     baseline = results.read(Path(arguments.baseline)) if arguments.baseline else None

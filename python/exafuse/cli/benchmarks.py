@@ -28,6 +28,7 @@ def _bench(parser: argparse.ArgumentParser) -> Run:
     add("--json", metavar="FILE", help="write the results")
     add("--csv", metavar="FILE", help="write the rows as a table")
     add("--png", metavar="DIR", help="draw the results (matplotlib)")
+    add("--profile", metavar="DIR", help="of whole models: a trace, and where a step goes")
     add("--results", metavar="DIR", help="write DIR/<gpu>/<suite>-torch<version>.json")
     add("--baseline", metavar="FILE", help="an earlier --json: list what is over 5 %% slower")
     add("--cost", action="store_true", help="instruction counts of the kernels on the emulator")
