@@ -113,6 +113,7 @@ def test_stop_text(folder, capsys):
         (["--presence-penalty", "1.5"], {"presence_penalty": 1.5}),
         (["--seed", "3", "--max-new-tokens", "9"], {"seed": 3, "max_new_tokens": 9}),
         (["--stop", "a", "--stop", "b"], {"stop_strings": ["a", "b"]}),
+        (["--cuda-graph"], {"cuda_graph": True}),
         (["--draft", "mtp", "--draft-tokens", "2"], {"draft": "mtp", "num_draft_tokens": 2}),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 _FLAGS = {"stop_strings": "--stop", "num_draft_tokens": "--draft-tokens"}
 _KEYWORDS = (
     *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-    *("presence_penalty", "seed", "stop_strings", "draft", "num_draft_tokens"),
+    *("presence_penalty", "seed", "stop_strings", "draft", "num_draft_tokens", "cuda_graph"),
 )
 # The length of plain text, where neither the call nor the checkpoint says.
 DEFAULT_RAW_TOKENS = 512
@@ -52,6 +52,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "what stands in the prompt",
     )
     add("--draft-tokens", type=int, dest="num_draft_tokens", metavar="N", help="(default: 3)")
+    add(
+        "--cuda-graph",
+        action="store_true",
+        default=None,
+        help="capture the decoding step and replay it for every token",
+    )
 
 
 def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
