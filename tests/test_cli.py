@@ -21,7 +21,7 @@ CONFIG = Path(__file__).parent / "data" / "configs" / "llama-2-7b.json"
 def test_help_names_every_command(capsys):
     assert exit_code(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in ("info", "generate", "chat", "verify", "plan"):
+    for name in ("info", "generate", "chat", "verify", "plan", "serve"):
         assert f"\n    {name} " in text
         assert exit_code([name, "--help"]) == 0
         assert registry.COMMANDS[name][0].split()[0] in capsys.readouterr().out

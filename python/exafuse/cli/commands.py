@@ -19,6 +19,7 @@ from exafuse.cli import (
     benchmarks,  # noqa: F401
     checking,  # noqa: F401
     registry,
+    serving,  # noqa: F401
 )
 from exafuse.cli.flags import in_flags
 from exafuse.errors import ExafuseError
