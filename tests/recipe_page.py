@@ -17,7 +17,8 @@ FIRST_LINE = re.compile(r"# (?P<kind>own graph|drop-in)(, (?P<condition>.+))?")
 # A block without these is what a user of transformers alone would write.
 OURS = (
     (re.compile(r"^ *exafuse\.patch\(.+\).*\n", re.MULTILINE), ""),
-    (re.compile(r"attn_implementation=register\(\)"), 'attn_implementation="eager"'),
+    (re.compile(r"with exafuse\.patched_transformers\(\):"), "if True:"),
+    (re.compile(r"\bregister\(\)"), '"eager"'),
 )
 
 

@@ -3,6 +3,7 @@ same family, and its results compared with plain transformers: the drop-in block
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -49,13 +50,15 @@ class Ran:
 @dataclass(frozen=True)
 class Recipe:
     """How a recipe is run. ``blocks``: their kinds, in order. ``own``, ``drop_in``: the variables
-    that must be as in plain transformers. ``after``: the recipe whose blocks go before."""
+    that must be as in plain transformers. ``after``: the recipe whose blocks go before.
+    ``needs``: packages that are optional."""
 
     blocks: tuple[str, ...]
     own: tuple[str, ...] = ()
     drop_in: tuple[str, ...] = ()
     after: str | None = "Load"
     check: Callable[[Ran], None] | None = None
+    needs: tuple[str, ...] = ()
 
 
 def _thinking(ran: Ran) -> None:
@@ -99,8 +102,19 @@ RECIPES = {
         check=_thinking,
     ),
     "Tools": Recipe((OWN, DROP_IN, DROP_IN), own=("answer",), drop_in=("answer",), check=_tools),
+    "Presence penalty": Recipe((OWN, DROP_IN), own=("answer",), drop_in=("answer", "ids")),
     "Pipelines": Recipe((DROP_IN,), drop_in=("answer", "text"), after=None, check=_pipelines),
     "Static cache": Recipe((OWN, DROP_IN), own=("ids",), drop_in=("ids",), after=None),
+    "Quantised weights": Recipe(
+        (OWN, DROP_IN),
+        own=("ids", "scores"),
+        drop_in=("ids", "scores", "small_ids"),
+        after=None,
+        needs=("torchao", "bitsandbytes"),
+    ),
+    "int4 on a GPU": Recipe(
+        (OWN, DROP_IN), own=("ids",), drop_in=("ids",), after=None, needs=("torchao",)
+    ),
     "A model from a config": Recipe((OWN, DROP_IN), after=None, check=_from_config),
     "Heads and losses": Recipe((OWN, DROP_IN), own=SCORES, drop_in=SCORES, after=None),
     "What a token sees": Recipe((CONSOLE, DROP_IN), after=None, check=_visible),
@@ -129,6 +143,7 @@ def run(title: str, replaced: Mapping[str, str], ran: Ran | None = None) -> Ran:
         run(after, replaced, ran)
     for block in PAGE[title]:
         if block.kind == OWN:
+            torch.manual_seed(0)
             block.run(ran.own, replaced)
         elif block.kind == DROP_IN:
             torch.manual_seed(0)
@@ -140,6 +155,17 @@ def run(title: str, replaced: Mapping[str, str], ran: Ran | None = None) -> Ran:
                 assert line.startswith("$ exafuse "), f"{block}: not run: {line}"
                 assert cli.main(shlex.split(line)[2:]) == 0
     return ran
+
+
+def skip_without(title: str) -> None:
+    """Skip a recipe that cannot run here."""
+    for package in RECIPES[title].needs:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{title}: needs the package {package}")
+    conditions = {block.condition for block in PAGE[title]} - {None}
+    assert conditions <= {"GPU only"}
+    if conditions and not torch.cuda.is_available():
+        pytest.skip(f"{title}: needs a GPU, torch finds none here")
 
 
 def implementations(namespace: Namespace) -> set[str]:
@@ -186,6 +212,7 @@ def test_recipe(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    skip_without(title)
     monkeypatch.chdir(tmp_path)  # blocks may write files
     ran = run(title, folders)
     ran.printed = capsys.readouterr().out
