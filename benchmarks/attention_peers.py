@@ -35,7 +35,7 @@ def contenders(window: Window) -> list[Contender]:
     found = [
         Contender(name, lambda inputs, name=name: sdpa(name, inputs, window), name) for name in SDPA
     ]
-    by_compiler = _flex_function()
+    by_compiler = compiled(_flex_attention)
     return [
         *found,
         Contender("varlen", lambda inputs: varlen(inputs, window), "varlen"),
@@ -142,8 +142,9 @@ def varlen_function(shares_heads: bool, window: Window) -> Callable[..., Tensor]
     return functools.partial(attend, **options)
 
 
-def _flex_function() -> Callable[..., Tensor]:
-    return compiled(importlib.import_module("torch.nn.attention.flex_attention").flex_attention)
+def _flex_attention(*arguments: Any, **options: Any) -> Tensor:
+    module = importlib.import_module("torch.nn.attention.flex_attention")
+    return module.flex_attention(*arguments, **options)
 
 
 def flex(by_compiler: Callable[..., Tensor], inputs: Inputs, window: Window) -> Call:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,14 +114,13 @@ def unwritten_like(x: Tensor, *shape: int) -> Tensor:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile for fixed shapes; it compiles at the first call, before anything is timed."""
-    return torch.compile(function, dynamic=False)
+    """torch.compile for fixed shapes; it compiles at the first call, before anything is timed.
 
+    Nothing of the compiler is loaded before that.
+    """
 
-def calling(function: Callable[..., Any], *arguments: Any, **options: Any) -> Call:
-    """A call whose one result is a tensor."""
+    @functools.cache
+    def version() -> Callable[..., Any]:
+        return torch.compile(function, dynamic=False)
 
-    def call() -> tuple[Tensor]:
-        return (function(*arguments, **options),)
-
-    return call
+    return lambda *arguments, **options: version()(*arguments, **options)

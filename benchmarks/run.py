@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -125,7 +126,8 @@ class Bench:
                 row.status, row.reason = "not run", "time was up"
             return list(rows.values())
         # The compiler keeps a few versions of a function and then gives up on it.
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
         device = self.settings.device
         try:
             sets, cold = self._sets(case)
@@ -138,7 +140,7 @@ class Bench:
         before = clocks(device)
         for contender in contenders:
             self._compete(contender, rows[contender.name], sets, expected, cold)
-            free(device)
+        free(device)
         around = {"before": before, "after": clocks(device)}
         for row in rows.values():
             row.clocks = around
@@ -174,6 +176,7 @@ class Bench:
             row.status, row.reason = "unsupported", str(lack)
         except torch.OutOfMemoryError as error:
             row.status, row.reason = "out of memory", one_line(error)
+            free(self.settings.device)
         except Exception as error:  # a peer's defect must not end the run, ours is one of many rows
             row.status, row.reason = "failed", one_line(error)
         else:
@@ -239,9 +242,9 @@ def blank_row(case: Case, contender: Contender, device: torch.device) -> Row:
 
 
 def free(device: torch.device) -> None:
-    """Give back what a contender has left behind."""
-    gc.collect()
+    """Give back what a contender has left behind on a GPU."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
