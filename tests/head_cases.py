@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import exafuse
+import pytest
 import tiny_models
 import torch
 import transformers
+from exafuse.errors import CheckpointError
 from exafuse.models.backbone import Backbone
 from exafuse.weights.names import checkpoint_slots, saved_name
 from torch import Tensor
@@ -29,6 +33,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 FAMILIES = list(PREFIXES)
 PAD = 0
+# What each head adds to the body, as files name it.
+TENSORS = {
+    "sequence_classification": ["score.weight"],
+    "token_classification": ["score.bias", "score.weight"],
+    "question_answering": ["qa_outputs.bias", "qa_outputs.weight"],
+}
 
 
 def class_of(family: str, kind: str) -> type[transformers.PreTrainedModel]:
@@ -203,3 +213,24 @@ def close_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     for name, expected in theirs.items():
         error = float((ours[name] - expected).norm())
         assert error <= 2e-5 * float(expected.norm()) + floor, f"{name}: {error:.3g}"
+
+
+def load(folder: Path, **options: Any) -> Any:
+    """Without any warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return exafuse.from_pretrained(folder, device="cpu", backend="reference", **options)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Keys of config.json; None removes one."""
+    path = folder / "config.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: x for key, x in values.items() if x is not None}))
+
+
+def refused(folder: Path, *words: str, error: type[Exception] = CheckpointError, **o: Any) -> None:
+    with pytest.raises(error) as caught:
+        load(folder, **o)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)

@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import checkpoint_files as files
-import command_line
 import exafuse
 import head_cases as cases
 import pytest
 import torch
 import transformers
-from exafuse.cli.plan import plan
-from exafuse.config import load_config
-from exafuse.errors import CheckpointError, ConfigError
 
 LABELS = {
     "id2label": {0: "bad", 1: "fair", 2: "good"},
     "label2id": {"bad": 0, "fair": 1, "good": 2},
 }
 HEADS = [kind for kind in cases.SUFFIXES if kind != "causal_lm"]
-TENSORS = {
-    "sequence_classification": ["score.weight"],
-    "token_classification": ["score.bias", "score.weight"],
-    "question_answering": ["qa_outputs.bias", "qa_outputs.weight"],
-}
-
-
-def load(folder: Path, **options: Any) -> Any:
-    """Without any warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return exafuse.from_pretrained(folder, device="cpu", backend="reference", **options)
-
-
-def edit(folder: Path, **changes: Any) -> None:
-    """Keys of config.json; None removes one."""
-    path = folder / "config.json"
-    values = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: x for key, x in values.items() if x is not None}))
-
-
-def refused(folder: Path, *words: str, error: type[Exception] = CheckpointError, **o: Any) -> None:
-    with pytest.raises(error) as caught:
-        load(folder, **o)
-    for word in words:
-        assert word in str(caught.value), str(caught.value)
 
 
 # ---- there and back -------------------------------------------------------------------------
@@ -95,7 +63,7 @@ def test_a_saved_folder_is_the_one_that_transformers_saves(
     batch = cases.inputs()
     with torch.no_grad():
         assert torch.equal(cases.scores(again.eval()(**batch)), cases.scores(theirs(**batch)))
-    reloaded = load(tmp_path / "ours", head="base" if kind == "base" else None)
+    reloaded = cases.load(tmp_path / "ours", head="base" if kind == "base" else None)
     assert type(reloaded) is type(ours)
     assert reloaded.config == ours.config
 
@@ -106,7 +74,7 @@ def test_a_sharded_classifier(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     batch = cases.inputs("none")
     with torch.no_grad():
-        cases.close(cases.scores(load(tmp_path)(**batch)), cases.scores(theirs(**batch)))
+        cases.close(cases.scores(cases.load(tmp_path)(**batch)), cases.scores(theirs(**batch)))
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "transformer."])
@@ -117,7 +85,7 @@ def test_every_prefix_goes_with_every_head(kind: str, prefix: str, tmp_path: Pat
     bare = {n.removeprefix("model.").removeprefix("transformer."): t for n, t in state.items()}
     heads = ("lm_head", "score", "qa_outputs")
     files.write(tmp_path, {n if n.startswith(heads) else prefix + n: t for n, t in bare.items()})
-    again = load(tmp_path, head="base" if kind == "base" else None)
+    again = cases.load(tmp_path, head="base" if kind == "base" else None)
     batch = cases.inputs()
     with torch.no_grad():
         assert torch.equal(cases.scores(again(**batch)), cases.scores(ours(**batch)))
@@ -129,7 +97,7 @@ def test_a_model_with_a_tower_without_its_output_matrix(tmp_path: Path) -> None:
 
     (values,) = (v for v in TINY_CONFIGS.values() if v["model_type"] == "exaone4_5")
     make_tiny(values, tmp_path / "whole")
-    whole, base = load(tmp_path / "whole"), load(tmp_path / "whole", head="base")
+    whole, base = cases.load(tmp_path / "whole"), cases.load(tmp_path / "whole", head="base")
     ids = torch.tensor([[9, 10, 11, 12]])
     with torch.no_grad():
         assert torch.equal(whole.lm_head(base(ids).last_hidden_state), whole(ids).logits)
@@ -145,25 +113,25 @@ def test_a_model_with_a_tower_without_its_output_matrix(tmp_path: Path) -> None:
     with torch.no_grad():
         cases.close(base(ids).last_hidden_state, theirs(ids).last_hidden_state)
         assert torch.equal(
-            load(tmp_path / "base", head="base")(ids).last_hidden_state,
+            cases.load(tmp_path / "base", head="base")(ids).last_hidden_state,
             base(ids).last_hidden_state,
         )
-    refused(tmp_path / "whole", "mtp: expected None", error=ValueError, head="base", mtp=True)
+    cases.refused(tmp_path / "whole", "mtp: expected None", error=ValueError, head="base", mtp=True)
 
 
 # ---- a head that the file lacks -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TENSORS)
+@pytest.mark.parametrize("kind", cases.TENSORS)
 def test_a_new_head_is_initialised_and_named_once(kind: str, tmp_path: Path) -> None:
     theirs = cases.build("llama", "causal_lm", initializer_range=0.5, num_hidden_layers=1)
     theirs.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="initialised at random") as caught:
         model = exafuse.from_pretrained(tmp_path, device="cpu", head=kind)
     assert len(caught) == 1
-    assert str(caught[0].message).startswith(f"{tmp_path}: {', '.join(TENSORS[kind])}: ")
+    assert str(caught[0].message).startswith(f"{tmp_path}: {', '.join(cases.TENSORS[kind])}: ")
     state = dict(model.named_parameters())
-    for name in TENSORS[kind]:
+    for name in cases.TENSORS[kind]:
         tensor = state[name].detach()
         assert not tensor.is_meta
         if name.endswith("bias"):
@@ -173,7 +141,7 @@ def test_a_new_head_is_initialised_and_named_once(kind: str, tmp_path: Path) -> 
     assert torch.equal(model.text.norm.weight, theirs.model.norm.weight)
     model(cases.inputs()["input_ids"])
     model.save_pretrained(tmp_path / "new")
-    assert load(tmp_path / "new").config.head.kind == kind
+    assert cases.load(tmp_path / "new").config.head.kind == kind
 
 
 def test_what_the_file_has_of_a_head_is_kept(tmp_path: Path) -> None:
@@ -188,7 +156,7 @@ def test_what_the_file_has_of_a_head_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", HEADS)
 def test_other_heads_are_left_out(kind: str, tmp_path: Path) -> None:
     theirs, _ = cases.pair("llama", kind, tmp_path)
-    body = load(tmp_path, head="base")
+    body = cases.load(tmp_path, head="base")
     assert not [n for n, _ in body.named_parameters() if not n.startswith("model.")]
     inner = theirs if kind == "base" else theirs.base_model
     ids = cases.inputs("none")["input_ids"]
@@ -204,131 +172,30 @@ def test_a_headless_file_is_a_language_model_if_its_embedding_is_tied(tmp_path: 
         theirs = cases.build("qwen2", "base", tie_word_embeddings=tied)
         theirs.save_pretrained(tmp_path)
         if not tied:
-            refused(tmp_path, "'lm_head.weight'", "tie_word_embeddings is false", 'head="base"')
+            cases.refused(
+                tmp_path, "'lm_head.weight'", "tie_word_embeddings is false", 'head="base"'
+            )
             continue
         ids = cases.inputs("none")["input_ids"]
         with torch.no_grad():
             expected = theirs(ids).last_hidden_state @ theirs.embed_tokens.weight.T
-            cases.close(load(tmp_path)(ids).logits, expected)
+            cases.close(cases.load(tmp_path)(ids).logits, expected)
 
 
 def test_a_classifier_of_causal_weights_is_refused_by_name(tmp_path: Path) -> None:
     cases.build("llama", "causal_lm").save_pretrained(tmp_path)
-    edit(tmp_path, architectures=["LlamaForSequenceClassification"])
+    cases.edit(tmp_path, architectures=["LlamaForSequenceClassification"])
     words = ("'score.weight'", "'lm_head.weight'", "architectures", 'head="base"')
-    refused(tmp_path, *words)
-    assert load(tmp_path, head="causal_lm")(torch.tensor([[1]])).logits.shape == (1, 1, 97)
+    cases.refused(tmp_path, *words)
+    assert cases.load(tmp_path, head="causal_lm")(torch.tensor([[1]])).logits.shape == (1, 1, 97)
 
 
 def test_a_language_model_of_a_classifiers_weights_is_refused(tmp_path: Path) -> None:
     cases.build("llama", "sequence_classification").save_pretrained(tmp_path)
-    edit(tmp_path, architectures=["LlamaForCausalLM"])
-    refused(tmp_path, "'lm_head.weight'", "the file has score.weight", "unexpected: 'score.weight'")
-
-
-# ---- labels ---------------------------------------------------------------------------------
-
-
-def test_num_labels_and_the_file(tmp_path: Path) -> None:
-    cases.build("llama", "causal_lm", num_labels=2).save_pretrained(tmp_path)
-    for values in ({}, {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "num_labels": 2}):
-        edit(tmp_path, **values)  # what old files say although nothing has labels
-        config = load_config(tmp_path, head="sequence_classification", num_labels=5)
-        assert config.num_labels == 5
-        assert load_config(tmp_path, head="token_classification").num_labels == 2
-    edit(tmp_path, id2label={"0": "no", "1": "yes"})
-    named = load_config(tmp_path, head="sequence_classification")
-    assert named.id2label == {0: "no", 1: "yes"}
-    for given in (3, 1):
-        words = (f"num_labels: expected 2, as many as {tmp_path}", "'no', 'yes'", f"got {given}")
-        head = "sequence_classification"
-        refused(tmp_path, *words, error=ValueError, head=head, num_labels=given)
-    for kind in ("base", "question_answering", "causal_lm", None):
-        refused(tmp_path, "num_labels: expected None", error=ValueError, head=kind, num_labels=2)
-    for wrong in (0, -1, 10**9):
-        with pytest.raises(ValueError, match="num_labels: expected 1 to"):
-            load_config(tmp_path, head="sequence_classification", num_labels=wrong)
-    for wrong in (True, 2.0, "2"):
-        with pytest.raises(TypeError, match="num_labels: expected an int"):
-            load_config(tmp_path, head="sequence_classification", num_labels=wrong)
-
-
-def test_a_classifiers_own_number_counts_even_without_names(tmp_path: Path) -> None:
-    cases.build("llama", "sequence_classification").save_pretrained(tmp_path)
-    words = ("num_labels: expected 3", "got 5")
-    refused(tmp_path, *words, error=ValueError, num_labels=5)
-    assert load(tmp_path, num_labels=3).config.num_labels == 3
-    cases.build("llama", "token_classification", num_labels=2).save_pretrained(tmp_path / "two")
-    assert "id2label" not in json.loads((tmp_path / "two" / "config.json").read_text())
-    refused(tmp_path / "two", "num_labels: expected 2", error=ValueError, num_labels=3)
-
-
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "no names": ({"id2label": {}}, "id2label"),
-    "a list": ({"id2label": ["a", "b"]}, "id2label"),
-    "a gap": ({"id2label": {"0": "a", "2": "b"}}, "id2label"),
-    "words for ids": ({"id2label": {"a": "a", "b": "b"}}, "id2label"),
-    "numbers for names": ({"id2label": {"0": 1, "1": 2}}, "id2label"),
-    "two numbers": ({"id2label": {"0": "a", "1": "b"}, "num_labels": 3}, "num_labels"),
-    "no number": ({"num_labels": "3"}, "num_labels"),
-    "a problem": ({"problem_type": "ranking"}, "problem_type"),
-    "a problem of another type": ({"problem_type": 3}, "problem_type"),
-    "one of one": (
-        {"num_labels": 1, "problem_type": "single_label_classification"},
-        "problem_type",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_malformed_labels_are_refused_where_they_matter(name: str) -> None:
-    changes, key = WRONG[name]
-    values = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"], **changes}
-    with pytest.raises(ConfigError, match=f"config: {key}: expected .*got"):
-        load_config(values)
-    load_config(values, head="base")
-
-
-def test_dropout_and_bias_of_a_token_classification() -> None:
-    values = {"model_type": "qwen2", "architectures": ["Qwen2ForTokenClassification"]}
-    for changes, dropout in (
-        ({}, 0.1),
-        ({"hidden_dropout": 0.3}, 0.3),
-        ({"hidden_dropout": 0.3, "classifier_dropout": 0.0}, 0.0),
-        ({"classifier_dropout": None}, 0.1),
-    ):
-        head = load_config(values | changes).head
-        assert (head.dropout, head.bias, head.labels) == (dropout, True, ("LABEL_0", "LABEL_1"))
-    config = load_config(values | {"token_classification_bias": False})
-    assert not config.head.bias
-    assert load_config(config.to_dict()) == config
-    with pytest.raises(ConfigError, match="classifier_dropout"):
-        load_config(values | {"classifier_dropout": 2})
-
-
-# ---- commands -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", TENSORS)
-def test_commands_say_what_a_classifiers_folder_is(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cases.build("exaone4", kind).save_pretrained(tmp_path)
-    capsys.readouterr()
-    folder = str(tmp_path)
-    said = f"got a model for {kind.replace('_', ' ')}"
-    for argv in (["generate", folder, "hello"], ["chat", folder], ["verify", folder]):
-        assert command_line.exit_code(argv) == 2
-        error = capsys.readouterr().err
-        assert error.startswith(f"exafuse: error: {folder}: expected a language model to ")
-        assert said in error
-        assert f"exafuse.from_pretrained('{folder}')" in error
-        assert error.count("\n") == 1
-    assert command_line.exit_code(["plan", folder]) == 0
-    assert f"head: {said.removeprefix('got ')}" in capsys.readouterr().out
-    written = plan(folder).to_dict()
-    assert written["head"] == kind
-    assert written["num_parameters"] == sum(p.numel() for p in load(tmp_path).parameters())
+    cases.edit(tmp_path, architectures=["LlamaForCausalLM"])
+    cases.refused(
+        tmp_path, "'lm_head.weight'", "the file has score.weight", "unexpected: 'score.weight'"
+    )
 
 
 def test_a_quantised_body_and_a_plain_head(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -21,7 +20,7 @@ from exafuse.models.stepping import next_step
 from exafuse.models.text_model import TextModel
 from exafuse.rotary import RotaryState, RotaryTable
 from exafuse.weights.quantising import check_unquantised
-from exafuse.weights.saving import save_weights
+from exafuse.weights.saving import save_weights, write_json
 
 PREFILL_CHUNK = 2048
 
@@ -302,8 +301,3 @@ class Backbone(nn.Module):
         step = next_step(cache, packing, cos, sin, positions)
         hidden: Tensor = self.text(embeds, step, self.backend, collect)
         return hidden
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file of settings, keys sorted."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

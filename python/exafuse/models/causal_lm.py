@@ -10,11 +10,11 @@ from torch import Tensor
 from exafuse.generation.config import GenerationConfig
 from exafuse.generation.generate import generate
 from exafuse.kv_cache import KVCache
-from exafuse.models.backbone import write_json
 from exafuse.models.decoder import Decoder
 from exafuse.models.losses import causal_lm_loss, check_kept
 from exafuse.models.output import CausalLMOutput
 from exafuse.models.placeholders import VisionInputs
+from exafuse.weights.saving import write_json
 
 
 class CausalLM(Decoder):

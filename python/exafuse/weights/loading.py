@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from exafuse.errors import CheckpointError
 from exafuse.weights.checkpoint import Checkpoint
+from exafuse.weights.heads import HEAD_TENSORS, about_heads, make_head
 from exafuse.weights.memory import check_fits
 from exafuse.weights.names import (
     HEAD,
-    HEAD_TENSORS,
     MERGES,
     Part,
     Slot,
@@ -111,7 +111,7 @@ def load_weights(
     _read_all(checkpoint, sources, slots, targets, device, check_finite, progress)
     if new_head_std is not None and new_head:
         tensors = {name: targets[name].values for name in new_head}
-        _make_head(new_head, tensors, new_head_std, checkpoint.folder)
+        make_head(new_head, tensors, new_head_std, checkpoint.folder)
 
     for name in names:
         _set_parameter(model, name, targets[name].parameter())
@@ -128,21 +128,6 @@ def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
             f"dtype: expected 'auto', 'float32', 'float16' or 'bfloat16'; got {quote(dtype)}"
         )
     return parsed
-
-
-def _make_head(
-    names: Iterable[str], tensors: Mapping[str, Tensor], std: float, folder: Path
-) -> None:
-    for name in names:
-        if name.endswith("bias"):
-            tensors[name].zero_()
-        else:
-            tensors[name].normal_(0, std)
-    warnings.warn(
-        f"{folder}: {', '.join(names)}: not in the file, initialised at random; train the model "
-        "before its scores mean anything",
-        stacklevel=4,
-    )
 
 
 def _match(
@@ -169,7 +154,7 @@ def _match(
             if split_prefix(name, parts_of(slots))[2] not in HEAD_TENSORS
         ]
     if missing:
-        hint = _about_heads(missing, found)
+        hint = about_heads(missing, found)
         faults.append(f"{len(missing)} tensors are missing: {first_five(missing)}{hint}")
     if unexpected:
         faults.append(f"{len(unexpected)} tensors are unexpected: {first_five(unexpected)}")
@@ -193,20 +178,6 @@ def _match(
                 "loaded by the library that made it"
             )
     return {name: found[name] for name in slots if name in found}
-
-
-def _about_heads(missing: Collection[str], found: Collection[str]) -> str:
-    """What to do about a head that the file lacks."""
-    if not HEAD_TENSORS.intersection(missing):
-        return ""
-    if HEAD in missing:
-        reason = "no lm_head.weight although tie_word_embeddings is false"
-    else:
-        reason = "architectures in config.json names this head"
-    others = sorted(HEAD_TENSORS.intersection(found).difference(missing))
-    if others:
-        reason += f", and the file has {', '.join(others)}"
-    return f' ({reason}; head="base" loads the model without a head, another head= by its name)'
 
 
 def _renamed(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, TensorInfo]:

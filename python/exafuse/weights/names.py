@@ -20,10 +20,6 @@ MERGES: dict[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 HEAD = "lm_head.weight"
-# Of every head that a model may have. Which it has, the config says; a file can hold another.
-HEAD_TENSORS = frozenset(
-    (HEAD, "score.weight", "score.bias", "qa_outputs.weight", "qa_outputs.bias")
-)
 # How the names of the backbone begin in a saved file where they do not begin with "model.".
 _SAVED_PREFIXES = {"base": "", "question_answering": "transformer."}
 

@@ -130,3 +130,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             for start in range(0, flat.numel(), step):
                 chunk = flat[start : start + step].cpu().view(torch.uint8)
                 file.write(chunk.numpy().data)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file of settings, keys sorted."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
