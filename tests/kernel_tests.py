@@ -62,6 +62,8 @@ def corner_tests_of(kernel: str) -> str:
         return "test_kernel_corners_vision.py"
     if kernel.startswith("attention/"):
         return "test_kernel_corners_attention.py"
+    if kernel.endswith("_backward") or kernel == "sum_partials":
+        return tests_of(kernel)[0]
     return "test_kernel_corners.py"
 
 

@@ -23,7 +23,12 @@ TESTS = build.ROOT / "tests"
 KERNEL_TESTS = all_tests()
 CORNER_TESTS = "test_kernel_corners.py"
 # What else reaches lines of the kernel sources: their host functions.
-HOST_TESTS = ("test_bad_arguments.py", "test_bad_memory.py", "test_ops.py")
+HOST_TESTS = (
+    "test_bad_arguments.py",
+    "test_bad_memory.py",
+    "test_bad_gradients.py",
+    "test_ops.py",
+)
 MIN_CASES_ASAN = 200  # per test file
 CASES_TSAN = 24  # per op and schedule
 CASES_TSAN_ATTENTION = CASES_TSAN // 4

@@ -32,7 +32,12 @@ import kernel_hash
 CSRC = build.ROOT / "csrc"
 TESTS = build.ROOT / "tests"
 # Checks of arguments are tested by these, whatever the kernel.
-HOST_TESTS = ("test_bad_arguments.py", "test_bad_memory.py", "test_ops.py")
+HOST_TESTS = (
+    "test_bad_arguments.py",
+    "test_bad_memory.py",
+    "test_bad_gradients.py",
+    "test_ops.py",
+)
 VARIANT_OF_CHECK = {"plain": "plain", "asan": "asan", "tsan": "tsan"}
 TEST_LIMIT_S = 150
 

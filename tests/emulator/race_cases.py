@@ -16,7 +16,7 @@ import numpy as np
 import oracles
 from numeric import assert_bitwise_equal, assert_close, assert_rope_close
 
-from emulator import attention_race_cases
+from emulator import attention_race_cases, backward_race_cases
 from emulator.control import SCHEDULES, Emulator
 from emulator.race_arrays import Cases, empty, read, store
 
@@ -146,6 +146,7 @@ OPS: dict[str, Callable[[Cases], None]] = {
     "qk_norm_rope_cache": heads(with_cache=True),
     "apply_rope": apply_rope,
     "silu_and_mul": silu_and_mul,
+    **backward_race_cases.OPS,
     **attention_race_cases.OPS,
 }
 # Attention is slow in this build; of its ops, one case for so many of the others'.
