@@ -34,6 +34,24 @@ def silu_and_mul(grad: object, gate: object, up: object) -> tuple[Gradient, Grad
         return of_gate, Gradient(of_up, np.abs(of_up))
 
 
+def rms_norm(
+    grad: object, x: object, weight: object, eps: float, grad_residual: object | None = None
+) -> tuple[Gradient, Gradient]:
+    """Of x ``[..., hidden]`` and weight, with what comes past the norm (add_rms_norm) added."""
+    values = to_float64(x)
+    rows = (-1, 1, values.shape[-1])
+    of_x, of_weight = norm_rope(
+        to_float64(grad).reshape(rows), values.reshape(rows), weight, None, None, None, eps
+    )
+    assert of_weight is not None
+    value, magnitude = (part.reshape(values.shape) for part in of_x)
+    if grad_residual is not None:
+        past = to_float64(grad_residual)
+        with np.errstate(invalid="ignore"):
+            value, magnitude = value + past, magnitude + np.abs(past)
+    return Gradient(value, magnitude), of_weight
+
+
 def norm_rope(
     grad: object,
     x: object | None,

@@ -29,9 +29,7 @@ def _norms(kernels: Any, dtype: torch.dtype) -> None:
         kernels.rms_norm_add(x, x, weight, 1e-5, out)
         kernels.add_rms_norm(x, x, weight, 1e-5, out, torch.empty(1, hidden, dtype=dtype))
         kernels.rms_norm_backward(x, x, weight, 1e-5, out, None, None)
-        workspace = torch.empty(
-            kernels.rms_norm_backward_workspace(1, hidden, dtype.itemsize) // 4
-        )
+        workspace = torch.empty(kernels.rms_norm_backward_workspace(1, hidden, dtype.itemsize) // 4)
         grad_weight = torch.empty_like(weight)
         kernels.rms_norm_backward(x, x, weight, 1e-5, out, grad_weight, workspace)
         if dtype != torch.float32:

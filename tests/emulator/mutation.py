@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -91,13 +92,14 @@ def kernels_with(file: str) -> list[str]:
 def kernels_of(mutant: Mutant) -> list[str]:
     """The kernels that a mutant is built into.
 
-    The attention kernels take long to compile and test: a header that others include as well is
-    judged by the others.
+    The attention kernels take long to compile and test, and gradients come on top of the ops: a
+    header that others include as well is judged by the others.
     """
     if mutant.kernel:
         return [mutant.kernel]
     kernels = kernels_with(mutant.file)
-    quick = [kernel for kernel in kernels if not kernel.startswith("attention/")]
+    slower = ("attention/*", "*_backward", "sum_partials")
+    quick = [k for k in kernels if not any(fnmatch(k, pattern) for pattern in slower)]
     return quick or kernels
 
 
