@@ -9,6 +9,7 @@ from typing import Any
 import command_line
 import head_cases as cases
 import pytest
+from exafuse.cli import serving
 from exafuse.cli.plan import plan
 from exafuse.config import load_config
 from exafuse.errors import ConfigError
@@ -118,3 +119,11 @@ def test_commands_say_what_a_classifiers_folder_is(
     written = plan(folder).to_dict()
     assert written["head"] == kind
     assert written["num_parameters"] == sum(p.numel() for p in cases.load(tmp_path).parameters())
+
+
+@pytest.mark.parametrize("kind", cases.TENSORS)
+def test_a_classifier_is_not_served(kind: str, tmp_path: Path) -> None:
+    cases.build("qwen2", kind).save_pretrained(tmp_path)
+    message = f"expected a language model to serve, got a model for {kind.replace('_', ' ')}"
+    with pytest.raises(ConfigError, match=message):
+        serving._check_checkpoint(tmp_path)

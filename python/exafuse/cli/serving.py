@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from exafuse.cli.registry import BACKENDS, DTYPES, Run, command
+from exafuse.config.fields import Fields
+from exafuse.config.head import HeadConfig, named_head, require_language_model
 from exafuse.errors import CheckpointError, ConfigError
 
 MODEL_TYPES = ("exaone4", "exaone4_5", "llama", "qwen2")
@@ -151,6 +153,8 @@ def _check_checkpoint(folder: Path) -> None:
             f"{file}: architectures: expected a list with the model's class, which transformers' "
             'server loads, such as ["LlamaForCausalLM"]'
         )
+    kind = named_head(Fields(config, str(file)), model_type)
+    require_language_model(HeadConfig(kind), str(folder), "serve")
     if "@" in str(folder):
         raise ValueError(
             f"model: {folder}: transformers' server takes what follows an @ for a revision; give "
