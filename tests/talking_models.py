@@ -35,16 +35,27 @@ def get_weather(city: str) -> dict:
     raise NotImplementedError(city)
 
 
+SCHEMA = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
+    },
+}
+SAID_CALL = """<tool_call>
+{"name": "get_weather", "arguments": {"city": "Seoul"}}
+</tool_call>"""
 # Messages, what the template is told beside them, and the reply.
 CONVERSATIONS: tuple[tuple[list[dict[str, Any]], dict[str, Any], str], ...] = (
     (CAPITAL, {}, "It is Seoul."),
+    (WEATHER, {"tools": [SCHEMA]}, SAID_CALL),
     (LARGER, {"enable_thinking": True}, "0.9 is more than 0.12.\n</think>\n\n3.9 is larger."),
     (LARGER, {"enable_thinking": False}, "3.9"),
-    (
-        WEATHER,
-        {"tools": [get_weather]},
-        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Seoul"}}\n</tool_call>',
-    ),
+    (WEATHER, {"tools": [get_weather]}, SAID_CALL),
     (WEATHER + RESULT, {"tools": [get_weather]}, "It has 21 degrees."),
 )
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -65,7 +76,7 @@ FRONT_ENDS = {"llama": "llama3", "qwen2": "qwen2", "exaone4": "exaone4"}
 
 def save(family: str, folder: Path) -> Path:
     """A checkpoint of ``llama``, ``qwen2`` or ``exaone4`` that answers CONVERSATIONS, or, but for
-    ``exaone4``, whose template has all that they ask for, the first of them."""
+    ``exaone4``, whose template has all that they ask for, the first two."""
     chat_tokenizers.save_family(FRONT_ENDS[family], folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = tiny_models.build(
@@ -78,7 +89,7 @@ def save(family: str, folder: Path) -> Path:
         **CONFIGS[family],
     )
     samples = []
-    for messages, options, reply in CONVERSATIONS[: None if family == "exaone4" else 1]:
+    for messages, options, reply in CONVERSATIONS[: None if family == "exaone4" else 2]:
         prompt = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", **options
         )

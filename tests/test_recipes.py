@@ -4,8 +4,11 @@ same family, and its results compared with plain transformers: the drop-in block
 from __future__ import annotations
 
 import importlib.util
+import json
 import shlex
+import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ import transformers
 from drop_in_cases import close
 from exafuse.cli import commands as cli
 from test_processor import python
+from test_serve import serving_process
 
 OWN, DROP_IN, CONSOLE = "own graph", "drop-in", "console"
 PAGE = recipe_page.read()
@@ -39,12 +43,14 @@ SCORES = ("loss", "hidden", "scores", "class_loss", "tags", "starts", "ends", "s
 
 @dataclass
 class Ran:
-    """What is left of the blocks of each kind: ``plain`` are the drop-in ones without us."""
+    """What is left of the blocks of each kind: ``plain`` are the drop-in ones without us.
+    ``printed``: by all. ``answers``: of a server."""
 
     own: Namespace = field(default_factory=dict)
     drop_in: Namespace = field(default_factory=dict)
     plain: Namespace = field(default_factory=dict)
     printed: str = ""
+    answers: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,15 @@ def _visible(ran: Ran) -> None:
     assert [row.count("■") for row in drawn] == list(range(1, len(drawn) + 1)), "a causal mask"
 
 
+def _server(ran: Ran) -> None:
+    said, call = ran.answers
+    assert (said["message"]["content"], said["finish_reason"]) == ("It is Seoul.", "stop")
+    (tool_call,) = call["message"]["tool_calls"]
+    assert tool_call["function"]["name"] == "get_weather"
+    assert json.loads(tool_call["function"]["arguments"]) == {"city": "Seoul"}
+    assert call["finish_reason"] == "tool_calls"
+
+
 RECIPES = {
     "Load": Recipe((OWN, DROP_IN), after=None),
     "Chat": Recipe((OWN, OWN, DROP_IN), own=("answer", "ids"), drop_in=("answer", "ids")),
@@ -118,6 +133,9 @@ RECIPES = {
     "A model from a config": Recipe((OWN, DROP_IN), after=None, check=_from_config),
     "Heads and losses": Recipe((OWN, DROP_IN), own=SCORES, drop_in=SCORES, after=None),
     "What a token sees": Recipe((CONSOLE, DROP_IN), after=None, check=_visible),
+    "A server": Recipe(
+        (CONSOLE,), after=None, check=_server, needs=("fastapi", "uvicorn", "openai")
+    ),
 }
 # Run by tests/recipes_that_see.py, with torchvision.
 SEEING = {
@@ -151,10 +169,32 @@ def run(title: str, replaced: Mapping[str, str], ran: Ran | None = None) -> Ran:
             torch.manual_seed(0)
             block.plain().run(ran.plain, replaced)
         else:
-            for line in recipe_page.replace(block.source, replaced).splitlines():
-                assert line.startswith("$ exafuse "), f"{block}: not run: {line}"
-                assert cli.main(shlex.split(line)[2:]) == 0
+            run_commands(recipe_page.replace(block.source, replaced), ran)
     return ran
+
+
+def run_commands(source: str, ran: Ran) -> None:
+    """The commands of a console block; what a server answers to ``curl`` is kept in ``ran``."""
+    with ExitStack() as stack:
+        address = None
+        for text in source.removeprefix("$ ").split("\n$ "):
+            program, *arguments = shlex.split(text)
+            if [program, *arguments[:1]] == ["exafuse", "serve"]:
+                folder, *options = arguments[1:]
+                assert options == ["--port", "8000"]
+                _, address = stack.enter_context(serving_process(Path(folder)))
+            elif program == "curl":
+                assert address is not None
+                url, _, header, _, data = arguments
+                assert arguments[1::2] == ["-H", "-d"]
+                url = url.replace("http://127.0.0.1:8000", address)
+                headers = dict([header.split(": ")])
+                request = urllib.request.Request(url, data.encode(), headers)
+                with urllib.request.urlopen(request, timeout=120) as response:
+                    ran.answers.append(json.load(response)["choices"][0])
+            else:
+                assert program == "exafuse", f"not run: {text}"
+                assert cli.main(arguments) == 0
 
 
 def skip_without(title: str) -> None:
