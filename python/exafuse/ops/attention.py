@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from exafuse import reference
-from exafuse.ops.front_door import FrontDoor, P, R, documented_by
+from exafuse.ops.front_door import FrontDoor, P, R, documented_by, is_traced
 from exafuse.reference._cache_check import check_longest, lengths_of
 from exafuse.reference._check import check_count, check_heads, check_scale, check_window, refuse
 from exafuse.reference.attention import refuse_pages
@@ -274,7 +274,7 @@ class AttentionOps(FrontDoor):
             return None, self.beyond
         if q.dtype is torch.float32:
             self.say_once(f"{op} has no kernel for float32: it runs in plain PyTorch")
-            return None, _plain
+            return None, self.beyond if is_traced(q) else _plain
         return kernels, self.beyond
 
 

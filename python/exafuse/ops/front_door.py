@@ -28,6 +28,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from exafuse.errors import BackendError
 
@@ -76,6 +77,8 @@ _REBUILD = (
 )
 _log = logging.getLogger("exafuse")
 # How many modes look at every call, as tracers, fake tensors and profilers do.
+_functorch: Any = torch._C._functorch
+_DERIVATIVES = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
 _watchers: Callable[[], int] = torch._C._len_torch_dispatch_stack
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -129,7 +132,7 @@ class FrontDoor:
         """
         if self._gave_up or not isinstance(first, Tensor) or torch.compiler.is_compiling():
             return None
-        if _watchers():
+        if _watchers() or forward_ad._current_level >= 0:
             return None
         if not (self._takes_cpu or first.is_cuda):
             return None
@@ -148,20 +151,25 @@ class FrontDoor:
         The registered op of the name of ``definition``, a reference op, where kernels exist for
         tensors like ``first``: it shows itself to autograd, compilers and wrapped tensors. So it
         does to compilers and tracers everywhere: a definition may look at numbers, which breaks a
-        graph and which fake tensors do not have. Else ``definition`` itself.
+        graph and which fake tensors do not have. Else ``definition`` itself, which is what the
+        derivatives of torch.func and forward mode go through: registered ops have none of those.
         """
         if self._gave_up or not isinstance(first, Tensor):
+            return definition
+        if _transform() in _DERIVATIVES or forward_ad._current_level >= 0:
             return definition
         if first.is_meta:
             here = definition.__name__ in READ_NUMBERS
         else:
-            here = self._takes_cpu or first.is_cuda or _is_traced(first)
+            here = self._takes_cpu or first.is_cuda or is_traced(first)
         if not here:
             return definition
         if first.is_cuda and not self._gpus.get(first.get_device(), True):
             return definition
         from exafuse.ops import registered
 
+        if type(first).__name__ == "DTensor":
+            registered.allow_dtensors(definition.__name__)
         return cast(Callable[P, R], getattr(registered, definition.__name__))
 
     def written(self, *tensors: Tensor | None) -> None:
@@ -216,9 +224,18 @@ class FrontDoor:
         return self._extension
 
 
-def _is_traced(tensor: Tensor) -> bool:
-    """Whether somebody looks at what becomes of a tensor: a compiler, a mode, its own class."""
-    if torch.compiler.is_compiling() or _watchers():
+def _transform() -> object:
+    """The innermost transform of torch.func that is at work, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    interpreter = _functorch.peek_interpreter_stack()
+    return None if interpreter is None else interpreter.key()
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether somebody looks at what becomes of a tensor: a compiler, a mode, a transform, its own
+    class."""
+    if torch.compiler.is_compiling() or _watchers() or _transform() is not None:
         return True
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,13 +34,14 @@ class Shapes:
         if ok:
             known = self.known
             for size, dim in zip(shape, pattern, strict=True):
-                if size != (dim if isinstance(dim, int) else known.setdefault(dim, size)):
+                if size != (known.setdefault(dim, size) if isinstance(dim, str) else dim):
                     ok = False
         if not ok:
             raise ValueError(self._message(name, dims, tensor))
 
     def _message(self, name: str, dims: tuple[str | int, ...], tensor: Tensor) -> str:
-        words = [f"{d}={self.known[d]}" if d in self.known else str(d) for d in dims]
+        known = self.known
+        words = [f"{d}={known[d]}" if isinstance(d, str) and d in known else str(d) for d in dims]
         return f"{name}: expected ({', '.join(words)}), got {tuple(tensor.shape)}"
 
 
@@ -79,13 +80,13 @@ def check_device(device: torch.device, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: expected {device}, got {tensor.device}")
 
 
-def check_count(name: str, value: object, low: int = 0, high: int = MAX_TOKENS) -> int:
+def check_count(name: str, value: Any, low: int = 0, high: int = MAX_TOKENS) -> int:
     """``value`` itself; raises unless it is an int from ``low`` to ``high``."""
-    if not isinstance(value, int):
+    if not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if not low <= value <= high:
         raise ValueError(f"{name}: expected from {low} to {high}, got {value}")
-    return value
+    return cast(int, value)
 
 
 def check_eps(eps: object) -> None:

@@ -266,7 +266,9 @@ def flash_attn_varlen_func(
         outs.append(part[0])
         if part_lse is not None:
             lses.append(part_lse[0])
-    result = deliver(torch.cat(outs), out)
+    with full_fp32(q.device):  # autocast would have cat look for a dtype
+        joined = torch.cat(outs)
+    result = deliver(joined, out)
     if not with_lse:
         return result
     lse_result = deliver(torch.cat(lses, 1), lse, "lse")

@@ -17,6 +17,7 @@ from exafuse.reference._check import (
     check_tables_constant,
     check_tensor,
     deliver,
+    full_fp32,
 )
 from exafuse.reference.attention import attend_all, offsets
 from exafuse.reference.qk_norm_rope import rotate_fp32, split_qkv
@@ -75,4 +76,6 @@ def vision_attn(
         rows = slice(start, stop)
         out_rows, _ = attend_all(q[None, rows], k[None, rows], v[None, rows], scale, OPEN, False)
         segments.append(out_rows[0])
-    return deliver(torch.cat(segments), out)
+    with full_fp32(qkv.device):  # autocast would have cat look for a dtype
+        joined = torch.cat(segments)
+    return deliver(joined, out)

@@ -13,12 +13,15 @@ from exafuse.ops.registered.attention import (
     flash_attn_with_kvcache,
     vision_attn,
 )
+from exafuse.ops.registered.batching import register_rules
 from exafuse.ops.registered.qk_norm_rope import apply_rope, qk_norm_rope, qk_norm_rope_cache
 from exafuse.ops.registered.rms_norm import add_rms_norm, rms_norm, rms_norm_add
+from exafuse.ops.registered.sharding import allow_dtensors
 from exafuse.ops.registered.silu_and_mul import silu_and_mul
 
 __all__ = [
     "add_rms_norm",
+    "allow_dtensors",
     "apply_rope",
     "flash_attn_func",
     "flash_attn_varlen_func",
@@ -30,3 +33,5 @@ __all__ = [
     "silu_and_mul",
     "vision_attn",
 ]
+
+register_rules()

@@ -67,7 +67,7 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
 
     @torch.no_grad()
     def implementation(*args: Any, **kwargs: Any) -> Any:
-        with _unwatched():
+        with _unwatched(), _uncast(args):
             results = run(*map(_plain, args), **{n: _plain(x) for n, x in kwargs.items()})
         if isinstance(results, Tensor):
             return results.contiguous()
@@ -89,6 +89,14 @@ def _unwatched() -> AbstractContextManager[Any]:
     return context
 
 
+def _uncast(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    """Inside, autocast is off: plain PyTorch is to compute what a kernel does."""
+    kind = next((x.device.type for x in args if isinstance(x, Tensor)), "cpu")
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
 def check_writable(**tensors: Tensor) -> None:
     """Raise for views that torch writes through a copy, which an op cannot hand back."""
     for name, tensor in tensors.items():
@@ -107,6 +115,11 @@ def _check_devices(name: str, args: tuple[Any, ...]) -> None:
         check_device(tensors[0][1].device, **{argument: tensor})
 
 
+def register_batching(name: str, rule: Callable[..., Any]) -> None:
+    """Give an op its rule under ``torch.vmap``: ``rule(info, in_dims, *arguments)``."""
+    torch.library.register_vmap(f"exafuse::{name}", rule, lib=_library)
+
+
 def differentiate(name: str, save: Callable[..., None], formula: Callable[..., Any]) -> None:
     """Give an op its gradient.
 
@@ -114,7 +127,26 @@ def differentiate(name: str, save: Callable[..., None], formula: Callable[..., A
         save: ``save(ctx, inputs, output)`` keeps what the formula needs.
         formula: ``formula(ctx, *gradients of the results)`` -> one gradient or None an input.
     """
-    torch.library.register_autograd(f"exafuse::{name}", formula, setup_context=save, lib=_library)
+
+    def on_one_mesh(ctx: Any, *grads: Any) -> Any:
+        return formula(ctx, *_distributed(grads))
+
+    torch.library.register_autograd(
+        f"exafuse::{name}", on_one_mesh, setup_context=save, lib=_library
+    )
+
+
+def _distributed(grads: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Gradients of DTensors, with those of results that nobody used, which autograd makes as plain
+    zeros, on the mesh of the others."""
+    first = next((x for x in grads if type(x).__name__ == "DTensor"), None)
+    if first is None:
+        return grads
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = first.device_mesh
+    whole = [Replicate()] * mesh.ndim
+    return tuple(DTensor.from_local(x, mesh, whole) if type(x) is Tensor else x for x in grads)
 
 
 def differentiate_once(name: str) -> None:
