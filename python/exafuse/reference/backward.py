@@ -1,4 +1,4 @@
-"""Gradients of the ops, written out: what the registered ops differentiate by.
+"""Gradients of the ops, written out: what the registered ops differentiate by where no kernel does.
 
 Each takes the gradients of an op's results and what the op was given, and returns the gradients
 of its inputs, computed in fp32 and rounded once to the dtype of each input. Those of weights shared

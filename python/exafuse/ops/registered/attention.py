@@ -11,6 +11,7 @@ from torch import Tensor
 from exafuse.ops.registered.library import (
     check_writable,
     differentiate,
+    differentiate_once,
     direct,
     like,
     register,
@@ -188,6 +189,9 @@ def _vision_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 differentiate("flash_attn_func", _save_attention, _attention_gradient)
 differentiate("flash_attn_varlen_func", _save_attention, _varlen_gradient)
 differentiate("vision_attn", _save_vision, _vision_gradient)
+differentiate_once("flash_attn_backward", of="flash_attn_func")
+differentiate_once("flash_attn_varlen_backward", of="flash_attn_varlen_func")
+differentiate_once("vision_attn_backward")
 
 
 def flash_attn_func(

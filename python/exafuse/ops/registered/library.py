@@ -149,14 +149,14 @@ def _distributed(grads: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(DTensor.from_local(x, mesh, whole) if type(x) is Tensor else x for x in grads)
 
 
-def differentiate_once(name: str) -> None:
-    """Say that an op, which computes a gradient, has none itself.
+def differentiate_once(name: str, of: str | None = None) -> None:
+    """Say that an op, which computes the gradient of the op ``of``, has none itself.
 
     torch would give wrong numbers and a warning.
     """
 
     def refuse(ctx: Any, *grads: Tensor) -> Any:
-        op = name.removesuffix("_backward")
+        op = of or name.removesuffix("_backward")
         raise NotImplementedError(
             f"exafuse.ops.{op}: expected one derivative, got a derivative of its gradient; "
             f"exafuse.reference.{op} has them all"
