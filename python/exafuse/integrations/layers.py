@@ -19,6 +19,9 @@ from transformers.activations import SiLUActivation
 
 from exafuse.integrations.transformers import NAME, attention, say_once
 
+# On a patched layer: what stood in its __dict__ as forward. On that forward: that it is ours.
+FORWARD = "_exafuse_forward"
+
 
 class RopeRows(NamedTuple):
     """What a patched rotary embedding gives to the layers, instead of (cos, sin).
@@ -189,8 +192,10 @@ def vision_block(
 
 
 def _fusible(norm: nn.Module) -> bool:
-    """Whether the norm may be run by its weight alone: nothing hooks into its calls."""
-    return not (hasattr(norm, "_hf_hook") or norm._forward_hooks or norm._forward_pre_hooks)
+    """Whether the norm may be run by its weight alone: nothing hooks into its calls or wraps them,
+    as tensor parallelism does to sum the gradient of a weight that every process has."""
+    hooks = hasattr(norm, "_hf_hook") or norm._forward_hooks or norm._forward_pre_hooks
+    return not hooks and hasattr(norm.forward, FORWARD)
 
 
 def _add_then_norm(

@@ -42,7 +42,7 @@ FORWARDS: dict[str, Callable[..., Any]] = {
 
 # On a patched model or layer: the configs whose attention was changed, and what it was.
 _ATTENTION = "_exafuse_attention"
-_FORWARD = "_exafuse_forward"  # on a patched layer: what stood in its __dict__ as forward
+_FORWARD = layers.FORWARD
 
 
 def patch(model: Model, backend: str = "auto") -> Model:
@@ -119,15 +119,21 @@ def replace_forwards(model: nn.Module, ops: ModuleType) -> bool:
     Returns:
         Whether there is any such layer.
     """
-    layers = [(module, FORWARDS[name]) for module, name in _known_layers(model)]
-    for module, forward in layers:
-        if _FORWARD not in vars(module):
+    known = [(module, FORWARDS[name]) for module, name in _known_layers(model)]
+    for module, forward in known:
+        if _FORWARD not in vars(module) and not _is_wrapped_norm(module):
             # An offloading hook keeps the forward that it wraps under another name.
             attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
             vars(module)[_FORWARD] = vars(module).get(attribute, _ABSENT)
             method = types.MethodType(_method(forward, ops, type(module)), module)
             setattr(module, attribute, method)
-    return bool(layers)
+    return bool(known)
+
+
+def _is_wrapped_norm(module: nn.Module) -> bool:
+    """Whether something else has replaced the forward of a norm, which then stays as it is."""
+    wrapped = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    return wrapped and type(module).__name__.endswith("RMSNorm")
 
 
 def use_our_attention(model: nn.Module, instead_of: Container[str] | None = None) -> None:
