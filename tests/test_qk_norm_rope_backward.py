@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import backward_oracles
 import pytest
 import torch
 from backward_backends import backward_extension
 from emulator.control import Emulator
-from kernel_backends import Backend, backend, case_factor, emulated, emulator_library
+from exafuse.ops.registered.library import direct
+from kernel_backends import (
+    Backend,
+    backend,
+    case_factor,
+    emulated,
+    emulator_library,
+    extension,
+)
 from numeric import assert_bitwise_equal, assert_close
 from poison import Guarded, before_guard_page, extreme_rows, generator, layouts, poisoned, sparse
 from test_qk_norm_rope import DTYPES, HEAD_DIMS, HEADS, Case, make_case, tables
 from torch import Tensor
+from torch.library import opcheck
 
-__all__ = ["backend", "emulated"]  # fixtures
+__all__ = ["backend", "emulated", "extension"]  # fixtures
 
 BF16 = torch.bfloat16
 
@@ -367,3 +378,193 @@ def test_the_workspace_depends_on_shapes_alone(emulated: Backend) -> None:
     for arguments in ((5, 12, 2), (5, 136, 2), (5, 64, 8)):
         with pytest.raises(ValueError, match="expected"):
             size(*arguments)
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    """A correct call on CPU tensors, with some arguments changed: two query heads over one kv head
+    of 16, four tokens."""
+    shapes = {"q": (4, 2, 16), "k": (4, 1, 16), "v": (4, 1, 16)}
+    given: dict[str, Any] = {
+        "q_weight": torch.ones(16, dtype=BF16),
+        "k_weight": torch.ones(16),
+        "cos": torch.ones(8, 8),
+        "sin": torch.ones(8, 8),
+        "positions": torch.zeros(4, dtype=torch.int32),
+        "eps": 1e-6,
+        "workspace": torch.empty(4 * 2 * 16),
+        "d_q_weight": torch.empty(16, dtype=BF16),
+        "d_k_weight": torch.empty(16),
+    }
+    for name, shape in shapes.items():
+        given |= {f"grad_{name}": torch.zeros(shape, dtype=BF16)}
+        given |= {f"d_{name}": torch.zeros(shape, dtype=BF16)}
+        if name != "v":
+            given[name] = torch.zeros(shape, dtype=BF16)
+    return given | changes
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"grad_q": torch.zeros(4, 32)}, r"grad_q: expected \(num_tokens, num_heads, head_dim\), got"),
+    ({"grad_q": torch.zeros(4, 2, 12)}, "head_dim: expected a multiple of 8 from 8 to 128, got 12"),
+    ({"grad_q": torch.zeros(4, 2, 136)}, "head_dim: .* got 136"),
+    ({"grad_k": torch.zeros(3, 1, 16)}, r"grad_k: expected \(num_tokens=4, num_kv_heads=1, head_"),
+    ({"grad_v": torch.zeros(4, 2, 16)}, r"grad_v: expected \(num_tokens=4, num_kv_heads=1, head_"),
+    ({"q": torch.zeros(4, 1, 16)}, r"q: expected \(num_tokens=4, num_heads=2, head_dim=16\)"),
+    ({"d_k": torch.zeros(4, 2, 16)}, r"d_k: expected \(num_tokens=4, num_kv_heads=1, head_dim=16"),
+    ({"q": None}, "q: expected what the op was given when there is a q_weight, got None"),
+    ({"q_weight": None}, "d_q_weight: expected None without q_weight, got a tensor"),
+    ({"k_weight": torch.ones(8)}, r"k_weight: expected \(head_dim=16\), got \(8,\)"),
+    ({"d_k_weight": torch.ones(8)}, r"d_k_weight: expected \(head_dim=16\), got \(8,\)"),
+    ({"grad_v": None}, "grad_v, d_v: expected both or neither"),
+    ({"d_v": None}, "grad_v, d_v: expected both or neither"),
+    ({"sin": None}, "cos, sin: expected both tables or neither"),
+    ({"positions": None}, r"positions: expected int32 \(num_tokens,\) when cos"),
+    (
+        {"positions": torch.zeros(3, dtype=torch.int32)},
+        r"positions: expected \(num_tokens=4\), got",
+    ),
+    ({"sin": torch.ones(7, 8)}, r"sin: expected \(rows=8, 8\), got \(7, 8\)"),
+    ({"cos": torch.ones(8, 16)}, r"cos: expected \(rows=8, 8\), got \(8, 16\)"),
+    (
+        {"cos": torch.ones(0, 8), "sin": torch.ones(0, 8)},
+        "cos: expected at least one row, got none",
+    ),
+    ({"eps": float("nan")}, "eps: expected a finite number >= 0, got nan"),
+    ({"workspace": None}, "workspace: expected 128 or more elements of float32, got None"),
+    ({"workspace": torch.empty(127)}, r"workspace: expected 128 or more .*, got \(127,\)"),
+    ({"workspace": torch.empty(16, 8)}, r"workspace: expected 128 or more .*, got \(16, 8\)"),
+    ({"workspace": torch.empty(128).double()}, "workspace: expected dtype float32, got"),
+    ({"workspace": torch.empty(129)[1:]}, "workspace: expected data aligned to 16 bytes"),
+    ({"grad_q": torch.zeros(4, 2, 16).double()}, "grad_q: expected dtype bfloat16 or float16 or"),
+    ({"grad_v": torch.zeros(4, 1, 16)}, "grad_v: expected dtype bfloat16, got float32"),
+    ({"k": torch.zeros(4, 1, 16)}, "k: expected dtype bfloat16, got float32"),
+    ({"d_q": torch.zeros(4, 2, 16)}, "d_q: expected dtype bfloat16, got float32"),
+    ({"q_weight": torch.ones(16).half()}, "q_weight: expected dtype bfloat16 or float32, got floa"),
+    ({"d_q_weight": torch.ones(16)}, "d_q_weight: expected dtype bfloat16, got float32"),
+    ({"cos": torch.ones(8, 8).half()}, "cos: expected dtype bfloat16 or float32, got float16"),
+    ({"sin": torch.ones(8, 8, dtype=BF16)}, "sin: expected dtype float32, got bfloat16"),
+    (
+        {"positions": torch.zeros(4, dtype=torch.int64)},
+        "positions: expected dtype int32, got int64",
+    ),
+    (
+        {"grad_k": torch.zeros(4, 1, 32, dtype=BF16)[..., ::2]},
+        "grad_k: expected stride 1 in the last dimension",
+    ),
+    (
+        {"q": torch.frombuffer(bytearray(257), dtype=BF16, offset=1).view(4, 2, 16)},
+        "q: expected data aligned to its elements of 2 bytes",
+    ),
+    (
+        {"d_q": torch.zeros(1, 2, 16, dtype=BF16).expand(4, 2, 16)},
+        "d_q: expected an output whose elements do not share memory",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG, ids=range(len(WRONG)))
+def test_wrong_arguments_are_named(
+    extension: ModuleType, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        extension.qk_norm_rope_backward(**arguments(**changes))
+
+
+def test_outputs_share_no_memory(extension: ModuleType) -> None:
+    alike = [("d_q", "grad_q"), ("d_q", "q"), ("d_k", "k"), ("d_k", "grad_v"), ("d_v", "grad_v")]
+    alike += [("d_q_weight", "q_weight"), ("d_k_weight", "k_weight")]
+    for output, other in alike:
+        given = arguments()
+        given[output] = given[other]
+        with pytest.raises(ValueError, match=f"{output}: expected memory apart from {other}"):
+            extension.qk_norm_rope_backward(**given)
+    for output, other in (("d_k", "d_v"), ("workspace", "d_k_weight")):
+        given = arguments()
+        given["workspace"] = given["workspace"] if output == "d_k" else torch.empty(128)
+        given[other] = given[output] if output == "d_k" else given["workspace"][:16]
+        with pytest.raises(ValueError, match="expected memory apart from"):
+            extension.qk_norm_rope_backward(**given)
+
+
+def test_a_list_is_no_tensor(extension: ModuleType) -> None:
+    for name in arguments():
+        expected = "a number" if name == "eps" else "a torch.Tensor"
+        with pytest.raises(TypeError, match=f"{name}: expected {expected}, got list"):
+            extension.qk_norm_rope_backward(**arguments(**{name: [1.0]}))
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("norm", [True, False])
+def test_autograd_takes_the_kernel(
+    is_packed: bool, norm: bool, emulated: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Directly and in a compiled graph, with equal bits; also for gradients without strides."""
+    monkeypatch.setattr(direct, "ops", emulated.ops)
+    emulator = Emulator(emulator_library())
+    case = make_case(BF16, 16, (4, 2), 5, "autograd", norm=norm)
+    assert isinstance(case.qkv, Tensor)
+    if not is_packed:
+        case.qkv = tuple(x.flatten(1).clone() for x in heads_of(case))
+    inputs = (case.qkv,) if isinstance(case.qkv, Tensor) else case.qkv
+    weights = [x for x in (case.q_weight, case.k_weight) if x is not None]
+    wanted = [x.requires_grad_() for x in (*inputs, *weights)]
+    weighting = gradients_of(case, "autograd")
+
+    def loss(*inputs: Tensor) -> Tensor:
+        qkv = inputs[0] if is_packed else inputs[:3]
+        weights = inputs[-2:] if norm else (None, None)
+        table = (case.cos, case.sin, case.positions, case.eps)
+        q, k, v = emulated.ops.qk_norm_rope(qkv, 4, 2, *weights, *table)
+        return (q * weighting[0]).sum() + k.sum() + v.sum()
+
+    emulator.clear_launches()
+    grads = torch.autograd.grad(loss(*wanted), wanted)
+    assert any("heads_backward_kernel" in x.kernel for x in emulator.launches())
+    with torch.no_grad():
+        of_results = [weighting[0], *(torch.ones_like(x) for x in weighting[1:])]
+        case.qkv = grads[0] if is_packed else grads[:3]
+        parts = heads_of(case)
+        case.qkv = inputs[0].detach() if is_packed else tuple(x.detach() for x in inputs)
+        case.q_weight, case.k_weight = (x.detach() for x in weights) if norm else (None, None)
+        check(case, of_results, Grads(*parts, *(grads[-2:] if norm else (None, None))))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(*wanted), wanted), grads, strict=True):
+        assert_bitwise_equal(a, b)
+    q, k, v = (inputs[0], None, None) if is_packed else inputs
+    given_weights = weights if norm else (None, None)
+    opcheck(
+        torch.ops.exafuse.qk_norm_rope,
+        (q, k, v, 4, 2, *given_weights, case.cos, case.sin, case.positions, case.eps),
+    )
+
+
+def test_frozen_weights_cost_no_second_launch(
+    emulated: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "ops", emulated.ops)
+    emulator = Emulator(emulator_library())
+    case = make_case(BF16, 64, (4, 2), 3, "frozen")
+    case.qkv.requires_grad_()
+    q, k, v = emulated.ops.qk_norm_rope(*case.arguments(emulated))
+    emulator.clear_launches()
+    torch.autograd.grad(q.sum() + k.sum() + v.sum(), case.qkv)
+    assert [x.kernel.count("heads_backward_kernel") for x in emulator.launches()] == [1]
+
+
+def test_nothing_is_kept_for_a_rotation_alone(
+    emulated: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is saved for the gradients is the tables and, with norms, the normed input."""
+    monkeypatch.setattr(direct, "ops", emulated.ops)
+    for norm, kept in ((False, 0), (True, 1)):
+        case = make_case(BF16, 64, (4, 2), 3, "kept", norm=norm)
+        case.qkv.requires_grad_()
+        shapes: list[torch.Size] = []
+
+        def note(x: Tensor, shapes: list[torch.Size] = shapes) -> Tensor:
+            shapes.append(x.shape)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            emulated.ops.qk_norm_rope(*case.arguments(emulated))
+        assert shapes.count(case.qkv.shape) == kept

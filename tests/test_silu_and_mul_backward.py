@@ -4,18 +4,29 @@ layouts, every 16-bit gate, extremes."""
 from __future__ import annotations
 
 import random
+from types import ModuleType
+from typing import Any
 
 import backward_oracles
 import pytest
 import torch
 from backward_backends import backward_extension
 from emulator.control import Emulator
-from kernel_backends import Backend, backend, case_factor, emulated, emulator_library
+from exafuse.ops.registered.library import direct
+from kernel_backends import (
+    Backend,
+    backend,
+    case_factor,
+    emulated,
+    emulator_library,
+    extension,
+)
 from numeric import assert_bitwise_equal, assert_close
 from poison import Guarded, before_guard_page, every_value, generator, layouts, sparse
 from torch import Tensor
+from torch.library import opcheck
 
-__all__ = ["backend", "emulated"]  # fixtures
+__all__ = ["backend", "emulated", "extension"]  # fixtures
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SIZES = [1, 2, 3, 7, 8, 9, 16, 24, 31, 64, 100, 127, 128, 136, 255, 256, 264, 513, 1000, 1024]
@@ -239,3 +250,97 @@ def test_reads_no_byte_past_the_end(dtype: torch.dtype, emulated: Backend) -> No
         backward_extension(emulated).silu_and_mul_backward(grad, gate, up, *outs)
         check((outs[0], outs[1]), grad, gate, up)
     emulated.count(3)
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    """A correct packed call on CPU tensors, with some arguments changed."""
+    grad = torch.zeros(3, 32, dtype=torch.bfloat16)
+    gate = torch.zeros(3, 64, dtype=torch.bfloat16)
+    given = {"grad": grad, "gate": gate, "up": None, "grad_gate": gate.clone(), "grad_up": None}
+    return given | changes
+
+
+def pair(**changes: Any) -> dict[str, Any]:
+    """The same with gate and up apart."""
+    names = ("grad", "gate", "up", "grad_gate", "grad_up")
+    return {name: torch.zeros(3, 32, dtype=torch.bfloat16) for name in names} | changes
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    (arguments(grad=torch.zeros(())), r"grad: expected \(\.\.\., intermediate_size\), got \(\)"),
+    (arguments(gate=torch.zeros(3, 32)), r"gate_up: expected \(3, 64\), got \(3, 32\)"),
+    (arguments(grad_gate=torch.zeros(2, 64)), r"grad_gate_up: expected \(3, 64\), got \(2, 64\)"),
+    (arguments(up=torch.zeros(3, 32)), "up, grad_up: expected both or neither"),
+    (arguments(grad_up=torch.zeros(3, 32)), "up, grad_up: expected both or neither"),
+    (pair(gate=torch.zeros(3, 16)), r"gate: expected \(3, 32\), got \(3, 16\)"),
+    (pair(up=torch.zeros(3, 16)), r"up: expected \(3, 32\), got \(3, 16\)"),
+    (pair(grad_gate=torch.zeros(3, 16)), r"grad_gate: expected \(3, 32\), got \(3, 16\)"),
+    (pair(grad_up=torch.zeros(32)), r"grad_up: expected \(3, 32\), got \(32,\)"),
+    (arguments(grad=torch.zeros(3, 32).double()), "grad: expected dtype bfloat16 or float16 or fl"),
+    (pair(up=torch.zeros(3, 32)), "up: expected dtype bfloat16, got float32"),
+    (arguments(gate=torch.zeros(3, 64)), "gate_up: expected dtype bfloat16, got float32"),
+    (
+        pair(grad_up=torch.zeros(32, 3, dtype=torch.bfloat16).t()),
+        "grad_up: expected stride 1 in the last dimension",
+    ),
+    (
+        pair(grad=torch.frombuffer(bytearray(193), dtype=torch.bfloat16, offset=1).view(3, 32)),
+        "grad: expected data aligned to its elements of 2 bytes",
+    ),
+    (
+        pair(grad_gate=torch.zeros(32, dtype=torch.bfloat16).expand(3, 32)),
+        "grad_gate: expected an output whose elements do not share memory",
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG, ids=range(len(WRONG)))
+def test_wrong_arguments_are_named(
+    extension: ModuleType, wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        extension.silu_and_mul_backward(**wrong)
+
+
+@pytest.mark.parametrize("other", ["grad", "gate", "up"])
+@pytest.mark.parametrize("output", ["grad_gate", "grad_up"])
+def test_outputs_share_no_memory(extension: ModuleType, output: str, other: str) -> None:
+    given = pair()
+    given[output] = given[other]
+    with pytest.raises(ValueError, match=f"{output}: expected memory apart from {other}"):
+        extension.silu_and_mul_backward(**given)
+    given = pair()
+    given["grad_up"] = given["grad_gate"]
+    with pytest.raises(ValueError, match="grad_up: expected memory apart from grad_gate"):
+        extension.silu_and_mul_backward(**given)
+
+
+def test_a_list_is_no_tensor(extension: ModuleType) -> None:
+    for name in ("grad", "gate", "up", "grad_gate", "grad_up"):
+        with pytest.raises(TypeError, match=f"{name}: expected a torch.Tensor, got list"):
+            extension.silu_and_mul_backward(**pair(**{name: [1.0]}))
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_autograd_takes_the_kernel(
+    is_packed: bool, emulated: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Directly and in a compiled graph, with equal bits; also for a gradient without strides."""
+    monkeypatch.setattr(direct, "ops", emulated.ops)
+    emulator = Emulator(emulator_library())
+    draws = torch.randn(2, 5, 48, generator=generator("autograd")).to(torch.bfloat16)
+    inputs = (torch.cat(list(draws), -1),) if is_packed else tuple(draws)
+    inputs = tuple(x.requires_grad_() for x in inputs)
+
+    def loss(*inputs: Tensor) -> Tensor:
+        return emulated.ops.silu_and_mul(*inputs).sum()
+
+    emulator.clear_launches()
+    grads = torch.autograd.grad(loss(*inputs), inputs)
+    assert any("silu_and_mul_backward_kernel" in x.kernel for x in emulator.launches())
+    parts = grads[0].chunk(2, -1) if is_packed else grads
+    check((parts[0], parts[1]), torch.ones_like(draws[0]), *draws)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), grads, strict=True):
+        assert_bitwise_equal(a, b)
+    opcheck(torch.ops.exafuse.silu_and_mul, (*inputs, None)[:2])

@@ -122,24 +122,7 @@ inline void check_heads_backward_shapes(const HeadsBackwardCall& call) {
   check_eps(call.eps);
 }
 
-inline void check_heads_backward_workspace(const HeadsBackwardCall& call, int64_t bytes) {
-  const std::string expected = std::to_string(bytes / 4) + " or more elements of float32";
-  if (call.workspace == nullptr) {
-    if (bytes > 0) fail("workspace", expected, "None");
-    return;
-  }
-  check_is_tensor("workspace", *call.workspace);
-  if (call.workspace->ndim != 1 || call.workspace->size(0) * 4 < bytes) {
-    fail("workspace", expected, to_string(call.workspace->shape, call.workspace->ndim));
-  }
-  check_dtype("workspace", *call.workspace, {DType::kFloat32});
-  if (!is_aligned(*call.workspace, 16)) {
-    fail("workspace", "data aligned to 16 bytes", "an address that is not");
-  }
-}
-
-// dtypes, workspace, layout, overlap, device. The call needs `bytes` of workspace.
-inline void check_heads_backward_memory(const HeadsBackwardCall& call, int64_t bytes) {
+inline void check_heads_backward_dtypes(const HeadsBackwardCall& call) {
   const DType dtype = call.q.grad->dtype;
   check_float_dtype("grad_q", *call.q.grad);
   for (const HeadsGrads& part : {call.q, call.k, call.v}) {
@@ -158,7 +141,30 @@ inline void check_heads_backward_memory(const HeadsBackwardCall& call, int64_t b
     check_dtype("sin", *call.sin, {call.cos->dtype});
     check_dtype("positions", *call.positions, {DType::kInt32});
   }
-  check_heads_backward_workspace(call, bytes);
+}
+
+// `bytes`: what the call needs.
+inline void check_heads_backward_workspace(const HeadsBackwardCall& call, int64_t bytes) {
+  const auto expected = [bytes] {
+    return std::to_string(bytes / 4) + " or more elements of float32";
+  };
+  if (call.workspace == nullptr) {
+    if (bytes > 0) fail("workspace", expected(), "None");
+    return;
+  }
+  const Tensor& workspace = *call.workspace;
+  check_is_tensor("workspace", workspace);
+  if (workspace.ndim != 1 || workspace.size(0) * 4 < bytes) {
+    fail("workspace", expected(), to_string(workspace.shape, workspace.ndim));
+  }
+  check_dtype("workspace", workspace, {DType::kFloat32});
+  if (!is_aligned(workspace, 16)) {
+    fail("workspace", "data aligned to 16 bytes", "an address that is not");
+  }
+}
+
+// Layout, overlap, device.
+inline void check_heads_backward_memory(const HeadsBackwardCall& call) {
   call.for_each(check_last_stride);
   call.for_each(check_alignment);
 

@@ -33,11 +33,13 @@ namespace exafuse {
 namespace {
 
 inline constexpr int kBlockThreads = 128;
+inline constexpr int kBlocksPerSm = 4;     // a thread may use 128 registers then
 inline constexpr int kMaxBlockDepth = 64;  // CUDA's limit for blockDim.z
 inline constexpr int64_t kMaxParts = 1024;
 
 enum Part { kQ, kK, kV, kNumParts };
-inline constexpr int kNumWeights = 2;  // of q and of k
+inline constexpr int kNumWeights = 2;         // of q and of k
+static_assert(kMaxHeadDim <= kBlockThreads);  // each column's sum is a thread's
 
 // --- gradients of the heads ---------------------------------------------------------------------
 
@@ -90,7 +92,7 @@ struct HeadsScratch {
 // Thread (x, y, z): x is the lane within a head, y the first of its heads, z the first of its
 // tokens within the block's part.
 template <class T, int kElements, bool kNorm, bool kWide>
-__global__ void __launch_bounds__(kBlockThreads, 1)
+__global__ void __launch_bounds__(kBlockThreads, kBlocksPerSm)
     heads_backward_kernel(const __grid_constant__ HeadsParams p) {
   using Value = Compute<T>;
   using Vector = Vec<T, kElements>;
@@ -367,11 +369,13 @@ void qk_norm_rope_backward(Tensor grad_q, Tensor grad_k, std::optional<Tensor> g
       .eps = eps,
   };
   check_heads_backward_shapes(call);
+  check_heads_backward_dtypes(call);
   const int64_t bytes = call.wants_weights()
                             ? qk_norm_rope_backward_workspace(call.num_tokens(), call.head_dim(),
                                                               size_bytes(grad_q.dtype))
                             : 0;
-  check_heads_backward_memory(call, bytes);
+  check_heads_backward_workspace(call, bytes);
+  check_heads_backward_memory(call);
 
   const HeadsGeometry geometry = heads_geometry(grad_q.dtype, call.head_dim(), call.num_heads());
   HeadsParams params = params_of(call, geometry);
