@@ -40,11 +40,23 @@ def _norms(kernels: Any, dtype: torch.dtype) -> None:
 def _elementwise(kernels: Any, dtype: torch.dtype) -> None:
     for odd in (0, 1):
         x = torch.ones(3 * 64 + odd, dtype=dtype)[odd:].view(1, 192)
-        kernels.silu_and_mul(x[:, :64], x[:, 64:128], torch.empty(1, 64, dtype=dtype))
+        gate, up = x[:, :64], x[:, 64:128]
+        kernels.silu_and_mul(gate, up, torch.empty(1, 64, dtype=dtype))
+        kernels.silu_and_mul_backward(gate, gate, up, *(torch.empty_like(up) for _ in range(2)))
         for head_dim in (8, 16, 64):
             x = torch.ones(4 * head_dim + odd, dtype=dtype)[odd:].view(1, -1)
             outputs = [torch.empty(1, n, head_dim, dtype=dtype) for n in (2, 1, 1)]
             kernels.qk_norm_rope(x, None, None, 2, 1, None, None, None, None, None, 1e-5, *outputs)
+            heads = x.view(1, 4, head_dim)
+            q, k = heads[:, :2], heads[:, 2:3]
+            d_q, d_k, _ = outputs
+            size = kernels.qk_norm_rope_backward_workspace(1, head_dim, dtype.itemsize)
+            weight, workspace = torch.ones(head_dim, dtype=dtype), torch.empty(size // 4)
+            for weights in ((None, None), (weight, weight)):
+                kernels.qk_norm_rope_backward(
+                    *(q, k, None, q, k, *weights, None, None, None, 1e-5, workspace, d_q, d_k),
+                    *(None, *(None if w is None else torch.empty_like(w) for w in weights)),
+                )
 
 
 def _attention(kernels: Any, dtype: torch.dtype, head_dim: int) -> None:
