@@ -17,7 +17,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.cost:
         from . import static_cost
 
-        return static_cost.show(arguments.quick, arguments.json)
+        return static_cost.show(arguments.json)
     wanted = arguments.peers.split(",") if arguments.peers is not None else None
     settings = settings_for(
         arguments.device,

@@ -20,6 +20,18 @@ class LaunchRecord(NamedTuple):
     smem_bytes: int
 
 
+class Counts(NamedTuple):
+    """What the blocks of one launch did together; see struct Counts in core/state.h."""
+
+    mma: int
+    global_read: int
+    global_written: int
+    shared_read: int
+    shared_written: int
+    barriers: int
+    atomics: int
+
+
 class Emulator:
     """The controls of one loaded extension (``_C_emulated.so`` or ``_honesty.so``)."""
 
@@ -48,6 +60,25 @@ class Emulator:
         finally:
             self.set("schedule", "forward")
             self.set("seed", 1)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Counts what launches do inside the ``with``; :meth:`counts` says it."""
+        self.set("count", "on")
+        try:
+            yield
+        finally:
+            self.set("count", "off")
+
+    def counts(self) -> list[Counts]:
+        """One entry a launch, in the order of :meth:`launches`; zeros where nobody counted."""
+        numbers = (ctypes.c_uint64 * len(Counts._fields))()
+        found = []
+        for i in range(max(0, self.num_launches() - 4096), self.num_launches()):
+            if self._library.exafuse_emulator_counts(ctypes.c_uint64(i), numbers) != 0:
+                raise IndexError(f"the emulator has no launch {i}")
+            found.append(Counts(*numbers))
+        return found
 
     def num_launches(self) -> int:
         """How many kernels were launched since the library was loaded or the list was cleared."""

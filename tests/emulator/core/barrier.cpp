@@ -26,6 +26,7 @@ bool arrive(Barrier& barrier) {
   barrier.arrived = 0;
   barrier.expected = 0;
   ++barrier.generation;
+  if (options().count) ++counts().barriers;
   return true;
 }
 

@@ -189,6 +189,17 @@ void complete_vote(Collective operation, uint32_t mask, void* const* data) {
   }
 }
 
+void count(Collective operation, const void* lane_data) {
+  if (operation >= Collective::kMmaBf16) {
+    ++counts().mma;
+  } else if (operation >= Collective::kLdmatrix && operation <= Collective::kStmatrixTrans) {
+    constexpr uint64_t kMatrixBytes = 8 * 16;
+    const uint64_t bytes = kMatrixBytes * static_cast<const MatrixLane*>(lane_data)->num_matrices;
+    const bool loads = operation <= Collective::kLdmatrixTrans;
+    (loads ? counts().shared_read : counts().shared_written) += bytes;
+  }
+}
+
 }  // namespace
 
 const char* name_of(Collective operation) {
@@ -217,6 +228,7 @@ void complete_collective(Collective operation, uint32_t mask, void* const* data)
 void collective(Collective operation, unsigned mask, void* lane_data, const Site& site) {
   if (gather(name_of(operation), false, operation, mask, lane_data, site)) {
     complete_collective(operation, mask, block.warps[current->warp].data);
+    if (options().count) count(operation, block.warps[current->warp].data[current->lane]);
     release(mask);
   }
 }

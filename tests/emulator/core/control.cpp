@@ -23,6 +23,7 @@ struct Record {
   const void* kernel;
   dim3 grid, block;
   int smem_bytes;
+  Counts counts;
 };
 
 Record records[kMaxRecords];
@@ -64,6 +65,10 @@ bool set_option(Options& options, const char* name, const char* value) {
     options.mma_in_double = is(value, "double");
     return is(value, "double") || is(value, "single");
   }
+  if (is(name, "count")) {
+    options.count = is(value, "on");
+    return is(value, "on") || is(value, "off");
+  }
   return false;
 }
 
@@ -103,8 +108,10 @@ uint64_t next_random() {  // xorshift64*
 
 void record_launch(const LaunchRequest& request) {
   records[num_records++ % kMaxRecords] = {request.kernel, request.grid, request.block,
-                                          request.smem_bytes};
+                                          request.smem_bytes, Counts()};
 }
+
+Counts& counts() { return records[(num_records - 1) % kMaxRecords].counts; }
 
 // What a GPU would answer with an error, or, for y and z of the grid in some frameworks, with
 // silence.
@@ -156,5 +163,18 @@ EXAFUSE_EXPORT int exafuse_emulator_launch(uint64_t i, char* text, size_t capaci
   std::snprintf(text, capacity, "%s|%u|%u|%u|%u|%u|%u|%d", kernel_name(record.kernel).c_str(),
                 record.grid.x, record.grid.y, record.grid.z, record.block.x, record.block.y,
                 record.block.z, record.smem_bytes);
+  return 0;
+}
+
+// What launch number `i` did, as seven numbers in the order of struct Counts: all 0 unless the
+// option `count` was on. Returns 0, or -1 if there is no such launch.
+EXAFUSE_EXPORT int exafuse_emulator_counts(uint64_t i, uint64_t* numbers) {
+  using namespace exafuse::emulator;
+  if (i >= num_records || i + kMaxRecords < num_records) return -1;
+  const Counts& found = records[i % kMaxRecords].counts;
+  const uint64_t all[] = {found.mma,         found.global_read,    found.global_written,
+                          found.shared_read, found.shared_written, found.barriers,
+                          found.atomics};
+  std::memcpy(numbers, all, sizeof(all));
   return 0;
 }

@@ -10,6 +10,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 
 #include "core/state.h"
@@ -199,6 +200,22 @@ void record_failure(const std::string& message) {
   launch.error = std::make_exception_ptr(std::runtime_error(report(message, nullptr, nullptr, 0)));
 }
 
+namespace {
+
+// `what` as the emulated ptx.cuh names its accesses. Asynchronous copies are counted where they
+// start, because some of them read nothing.
+void count_access(const char* what, int bytes, bool is_shared) {
+  Counts& found = counts();
+  const bool is_atomic = std::strcmp(what, "an atomic") == 0;
+  const bool stores = std::strcmp(what, "a store") == 0;
+  if (std::strcmp(what, "cp_async_16") == 0) return;
+  if (is_atomic) ++found.atomics;
+  if (stores || is_atomic) (is_shared ? found.shared_written : found.global_written) += bytes;
+  if (!stores) (is_shared ? found.shared_read : found.global_read) += bytes;
+}
+
+}  // namespace
+
 void check_access(const void* address, int bytes, const char* what, const Site& site) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
     fail(format("%s of %d bytes at %p, which is not aligned to %d bytes", what, bytes, address,
@@ -208,12 +225,14 @@ void check_access(const void* address, int bytes, const char* what, const Site& 
   const char* byte = static_cast<const char*>(address);
   const bool is_shared = block.shared != nullptr && byte >= block.shared &&
                          byte < block.shared + block.shared_capacity;
-  if (global_memory_forbidden && !is_shared) {
+  const bool forbidden = launch.request->pdl && !current->waited_for_grid;
+  if (forbidden && !is_shared) {
     fail(format("%s of global memory before griddep_wait() in a kernel launched to overlap its "
                 "predecessor",
                 what),
          site);
   }
+  if (options().count) count_access(what, bytes, is_shared);
 }
 
 }  // namespace exafuse::emulator

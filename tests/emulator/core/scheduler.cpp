@@ -87,7 +87,8 @@ void resume(Thread* thread, Stack* from, bool from_is_done) {
   current = thread;
   block.cursor = thread->id;
   threadIdx = thread->index;
-  global_memory_forbidden = launch.request->pdl && !thread->waited_for_grid;
+  // While accesses are counted, all of them take the path of those that are checked.
+  global_memory_forbidden = options().count || (launch.request->pdl && !thread->waited_for_grid);
   switch_stack(from, thread->stack, from_is_done);
 }
 
@@ -263,7 +264,7 @@ void yield_in_atomic(const Site& site) {
 void griddep_wait() {
   current->waited_for_grid = true;
   launch.any_waited_for_grid = true;
-  global_memory_forbidden = false;
+  global_memory_forbidden = options().count;
 }
 
 void abandon_launch(std::exception_ptr error) {

@@ -170,6 +170,10 @@ void start_copy(const Copy& copy) {
   slot = copy;
   slot.group = thread.commits;
   ++thread.num_copies;
+  if (options().count) {
+    counts().shared_written += 16;
+    if (copy.source != nullptr) counts().global_read += 16;
+  }
 }
 
 void commit_copies() { ++current->commits; }

@@ -156,11 +156,24 @@ struct Options {
   const GpuModel* gpu = nullptr;
   bool exact_approximations = false;
   bool mma_in_double = false;
+  bool count = false;
 };
 const Options& options();
 
 uint64_t next_random();
 void seed_random(uint64_t seed);
+
+// What the blocks of a launch did together, while the option `count` is on. Matrix instructions and
+// barriers count once for the warp and the block that run them, bytes as often as they are asked
+// for. Shared memory is seen where ptx:: moves it; plain C++ accesses are not.
+struct Counts {
+  uint64_t mma = 0;
+  uint64_t global_read = 0, global_written = 0;
+  uint64_t shared_read = 0, shared_written = 0;
+  uint64_t barriers = 0;
+  uint64_t atomics = 0;
+};
+Counts& counts();  // of the newest launch
 
 void record_launch(const LaunchRequest& request);
 void check_limits(const LaunchRequest& request);
