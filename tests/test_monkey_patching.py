@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import exafuse
 import pytest
 import torch
 import transformers
+from chat_folders import CHATS, make_chat_folder
 from exafuse.integrations import patching
 from test_patch import pictures
 from test_patch import vision_model as vision_model
@@ -246,3 +248,21 @@ def test_an_older_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         patch.setitem(sys.modules, "transformers.monkey_patching", None)
         with pytest.raises(ImportError, match=r"transformers >= 5\.8.*exafuse\.patch\("):
             exafuse.patch_transformers()
+
+
+@pytest.mark.parametrize("family", list(CHATS))
+def test_the_visualizer_of_attention_masks_shows_the_same(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It asks for eager attention and draws that mask; our layers and compact masks stay away."""
+    from transformers.utils.attention_visualizer import AttentionMaskVisualizer
+
+    make_chat_folder(tmp_path, family)
+    shown = []
+    for context in (nullcontext(), exafuse.patched_transformers()):
+        with context:
+            capsys.readouterr()
+            AttentionMaskVisualizer(str(tmp_path))("The ferry leaves the harbour")
+            shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert shown[0].count("⬚") >= 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +290,10 @@ def test_the_tower_calls_attention_once_a_layer(
     with torch.no_grad(), exafuse.patched(vision_model):
         vision_model(**pictures(vision_model))
     # Windows of 56 / 14 = 4 x 4 patches; the largest frame has 6 x 10. Images, then the clip.
-    assert calls == [16, 60, 16, 60, 16, 24, 16, 24]
+    if hasattr(sys.modules[type(vision_model).__module__], "get_max_seqlen"):
+        assert calls == [16, 60, 16, 60, 16, 24, 16, 24]
+    else:  # older transformers tells no layer which of the two it has
+        assert calls == [60, 60, 60, 60, 24, 24, 24, 24]
 
 
 @pytest.mark.emulated

@@ -34,6 +34,7 @@ _DEFAULT_ATTENTION = ("sdpa",)
 
 _ops: ModuleType | None = None  # of the backend in force; None = layers are built plain
 _replacements: dict[str, type[nn.Module]] = {}  # by pattern of the class name
+_aliases: dict[str, Any] = {}  # what _close_aliases took away
 
 
 def patch_transformers(backend: str = "auto") -> None:
@@ -67,6 +68,7 @@ def patch_transformers(backend: str = "auto") -> None:
             for name in names:
                 _replacements[f"^{name}$"] = _replacement(getattr(module, name))
     registry.register_patch_mapping(_replacements)
+    _close_aliases()
     _ops = ops
 
 
@@ -86,6 +88,9 @@ def unpatch_transformers() -> None:
     ours = [key for key in registry.get_patch_mapping() if key in _replacements]
     registry.unregister_patch_mapping(ours)
     _restore_names()
+    while _aliases:
+        name, listing = _aliases.popitem()
+        vars(sys.modules[name])["__dir__"] = listing
 
 
 @contextmanager
@@ -111,11 +116,29 @@ def _registry() -> ModuleType:
 
 def _restore_names() -> None:
     """Give transformers' modules their classes back: it does not, when building a model fails."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("transformers.") and isinstance(module, ModuleType):
-            for replacement in _replacements.values():
-                if vars(module).get(replacement.__name__) is replacement:
-                    setattr(module, replacement.__name__, vars(replacement)["_original"])
+    for module in _modules().values():
+        for replacement in _replacements.values():
+            if vars(module).get(replacement.__name__) is replacement:
+                setattr(module, replacement.__name__, vars(replacement)["_original"])
+
+
+def _close_aliases() -> None:
+    """Let nobody list the modules of transformers 5.8 that stand for renamed ones: building a model
+    under a replacement does, and listing one imports an image processor, with what that needs."""
+    for name, module in _modules().items():
+        listing = vars(module).get("__dir__")
+        if listing is not None and vars(module).get("__file__") is None:
+            _aliases[name] = listing
+            vars(module)["__dir__"] = list
+
+
+def _modules() -> dict[str, ModuleType]:
+    """Those of transformers that are loaded."""
+    return {
+        name: module
+        for name, module in list(sys.modules.items())
+        if name.startswith("transformers.") and isinstance(module, ModuleType)
+    }
 
 
 class _StandsFor(type):
