@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-pytest_plugins = ["case_counts"]
+pytest_plugins = ["case_counts", "scheduling"]
 
 
 @pytest.fixture(autouse=True)
