@@ -14,7 +14,8 @@ from exafuse.cli.flags import (
     add_sampling_arguments,
     sampling_options,
 )
-from exafuse.cli.registry import BACKENDS, DTYPES, Run, command
+from exafuse.cli.quantised import load_quantised
+from exafuse.cli.registry import BACKENDS, DTYPES, QUANTISATIONS, Run, command
 from exafuse.errors import CheckpointError
 
 
@@ -24,6 +25,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the file's")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="default: auto")
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTISATIONS,
+        help="make the weights smaller while loading, by torchao (int4: on a GPU)",
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub name")
     parser.add_argument("--quiet", action="store_true", help="no progress bars, no statistics")
 
@@ -32,6 +38,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer or processor) of the checkpoint that the arguments name."""
     from exafuse.config import load_config
     from exafuse.config.head import require_language_model
+    from exafuse.config.quantisation import read_quantisation
     from exafuse.models import from_pretrained
     from exafuse.text.loading import load_processor
     from exafuse.weights.hub import resolve_folder
@@ -42,6 +49,10 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
             f"{folder}: expected a checkpoint folder, with config.json, weights and tokenizer; "
             "it has no config.json"
         )
+    method, values = read_quantisation(folder)
+    if method is not None:
+        processor = load_processor(folder)
+        return load_quantised(folder, method, values, arguments), processor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the config is read again with the model, and speaks then
         require_language_model(load_config(folder).head, arguments.model, "generate text")
@@ -51,6 +62,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
         dtype=arguments.dtype,
         device=arguments.device,
         backend=arguments.backend,
+        quantize=arguments.quantize,
         progress=not arguments.quiet,
     )
     return model, processor

@@ -22,6 +22,7 @@ from exafuse.cli import (
     serving,  # noqa: F401
 )
 from exafuse.cli.flags import in_flags
+from exafuse.cli.quantised import hush_libraries
 from exafuse.errors import ExafuseError
 
 # What a user can cause: a wrong argument or file, a missing library, memory that does not suffice.
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
+        hush_libraries()
     arguments = argparse.Namespace()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning

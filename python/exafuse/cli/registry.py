@@ -14,6 +14,7 @@ Declare = Callable[[argparse.ArgumentParser], Run]
 COMMANDS: dict[str, tuple[str, Declare]] = {}
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+QUANTISATIONS = ("int8", "int4", "fp8")
 BACKENDS = ("auto", "cuda", "emulated", "reference")
 
 

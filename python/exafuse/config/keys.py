@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Final
 
 from exafuse.config.fields import Fields
 from exafuse.config.head import ARCHITECTURES
+from exafuse.config.quantisation import KEYS as QUANTISATION_KEYS
+from exafuse.config.quantisation import ROUTE as QUANTISATION_ROUTE
+from exafuse.config.quantisation import method_of
 from exafuse.strict_json import shorten
 
 # Keys by which a file could ask a loader to run or fetch something. Reported, never acted on.
@@ -77,15 +80,10 @@ def check_unimplemented(fields: Fields) -> None:
     """Refuse what would change the computation and is not implemented; report what is ignored."""
     if fields.string("hidden_act", "silu") != "silu":
         raise fields.error("hidden_act", "silu, the only activation implemented")
-    for key in ("quantization_config", "compression_config"):
-        section = fields.raw(key)
-        if section:
-            method = section.get("quant_method") if isinstance(section, Mapping) else None
+    for key in QUANTISATION_KEYS:
+        if section := fields.raw(key):
             raise fields.error(
-                key,
-                "unquantised weights (bfloat16, float16 or float32); take the original checkpoint, "
-                "or load this one with transformers",
-                f"weights quantised by {shorten(method) if method else 'an unnamed method'}",
+                key, QUANTISATION_ROUTE, f"weights quantised by {method_of(section)}"
             )
     if fields.raw("per_layer_config"):
         raise fields.error("per_layer_config", "the same sizes in every layer")

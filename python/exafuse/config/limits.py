@@ -11,3 +11,6 @@ MAX_HEADS: Final = 2**16
 MAX_HEAD_DIM: Final = 2**14
 MAX_PARAMETERS: Final = 2**42
 MIN_EPS: Final = 1.1754943508222875e-38  # the smallest normal fp32
+
+# The largest released config.json has some 10 KB; parsed JSON takes up to 25 times its size.
+CONFIG_LIMIT_BYTES: Final = 2 * 2**20

@@ -26,6 +26,7 @@ from exafuse.config.layer_plan import (
     read_qwen2_layers,
 )
 from exafuse.config.limits import (
+    CONFIG_LIMIT_BYTES,
     MAX_HEAD_DIM,
     MAX_HEADS,
     MAX_HIDDEN,
@@ -42,9 +43,6 @@ from exafuse.errors import ConfigError
 from exafuse.strict_json import read_json, shorten
 
 __all__ = ["LayerPlan", "ModelConfig", "RopeConfig", "load_config"]
-
-# The largest released config.json has some 10 KB; parsed JSON takes up to 25 times its size.
-CONFIG_LIMIT_BYTES: Final = 2 * 2**20
 
 
 @dataclass(frozen=True)
