@@ -44,17 +44,18 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
     files = [_cache_memory(folder / "cache-memory.png")]
     for result in results[:1]:
         rows = [row for row in result.rows if row.time_us is not None]
-        for op in dict.fromkeys(row.op for row in rows if row.bytes):
-            of_op = [row for row in rows if row.op == op]
+        with_floors = [row for row in rows if row.bytes]
+        for op in dict.fromkeys(row.op for row in with_floors):
+            of_op = [row for row in with_floors if row.op == op]
             files.append(_roofline(op, of_op, result, folder / f"roofline-{op}.png"))
         for suite in dict.fromkeys(row.suite for row in rows if _has_ratio(row)):
             of_suite = [row for row in rows if row.suite == suite and _has_ratio(row)]
             files.append(_speed_up(suite, of_suite, result, folder / f"speed-up-{suite}.png"))
-        growth = [row for row in rows if row.op == "flash_attn_func"]
+        growth = [row for row in with_floors if row.op == "flash_attn_func"]
         growth = [r for r in growth if r.parameters["seqlen_q"] == r.parameters["seqlen_k"]]
         if growth:
             files.append(_growth(growth, result, folder / "prefill-growth.png"))
-        decode = [row for row in rows if row.op == "flash_attn_with_kvcache"]
+        decode = [row for row in with_floors if row.op == "flash_attn_with_kvcache"]
         decode = [r for r in decode if r.parameters["batch"] == r.parameters["seqlen_q"] == 1]
         if decode:
             files.append(_decode(decode, result, folder / "decode-latency.png"))
@@ -177,6 +178,7 @@ def _points(ax: Any, rows: Sequence[Row], x: Callable[[Row], float], y: Callable
 
 
 def _matrix_roof(ax: Any, rows: Sequence[Row], ceilings: Ceilings) -> None:
+    rows = [row for row in rows if row.flops]
     intensity = [row.flops / row.bytes for row in rows]
     low, high = min(intensity) / 2, max(intensity) * 2
     knee = ceilings.matmul_tflops * 1e3 / ceilings.copy_gbps  # FLOP per byte

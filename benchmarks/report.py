@@ -44,10 +44,10 @@ def compare(new: Result, old: Result) -> list[str]:
         raise ValueError(
             f"baseline: expected a run on {new.machine['name']}, got one on {old.machine['name']}"
         )
-    before = {_full_key(row): row for row in old.rows if row.contender == "exafuse"}
+    before = {row.key: row for row in old.rows if row.contender == "exafuse"}
     lines = []
     for row in new.rows:
-        known = before.get(_full_key(row))
+        known = before.get(row.key)
         if known is None or known.time_us is None or row.status == "not run":
             continue
         label = f"{row.op} {row.model} {row.case}"
@@ -69,9 +69,9 @@ def across_versions(results: Sequence[Result]) -> list[str]:
             versions = (first.machine["torch"], second.machine["torch"])
             if first.machine["name"] != second.machine["name"] or len(set(versions)) == 1:
                 continue
-            times = {_full_key(row): row.time_us for row in first.rows if row.time_us}
+            times = {row.key: row.time_us for row in first.rows if row.time_us}
             for row in second.rows:
-                one = times.get(_full_key(row))
+                one = times.get(row.key)
                 if one is None or row.time_us is None:
                     continue
                 if max(one, row.time_us) > TOLERANCE * min(one, row.time_us):
@@ -80,10 +80,6 @@ def across_versions(results: Sequence[Result]) -> list[str]:
                         f"torch {versions[0]}, {row.time_us:.2f} us with {versions[1]}"
                     )
     return lines
-
-
-def _full_key(row: Row) -> tuple[str, ...]:
-    return (*row.key, row.model)
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -128,8 +124,8 @@ def markdown(result: Result) -> str:
     known = [f"{name} {peer.version}" for name, peer in result.peers.items() if peer.version]
     absent = [f"{name} ({peer.problem})" for name, peer in result.peers.items() if peer.problem]
     parts.append(f"Peers: {', '.join(known) or 'none'}. Absent: {', '.join(absent) or 'none'}.")
-    for op in dict.fromkeys(row.op for row in result.rows):
-        rows = [row for row in result.rows if row.op == op]
+    for suite, op in dict.fromkeys((row.suite, row.op) for row in result.rows):
+        rows = [row for row in result.rows if (row.suite, row.op) == (suite, op)]
         names = list(dict.fromkeys(row.contender for row in rows))
         cases: dict[tuple[str, str], dict[str, Row]] = {}
         for row in rows:
@@ -148,7 +144,7 @@ def markdown(result: Result) -> str:
                     *(_percent(ours), _ratio(ours)),
                 ]
             )
-        parts.append(f"### {op}\n\n{table(header, lines)}")
+        parts.append(f"### {suite}: {op}\n\n{table(header, lines)}")
     return "\n\n".join(parts) + "\n"
 
 

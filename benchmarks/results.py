@@ -58,9 +58,14 @@ class Row:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
+    def case_key(self) -> tuple[str, str, str, str]:
+        """The case, among those of all suites."""
+        return self.suite, self.op, self.model, self.case
+
+    @property
+    def key(self) -> tuple[str, ...]:
         """What two runs are compared by."""
-        return self.suite, self.op, self.case, self.contender
+        return (*self.case_key, self.contender)
 
 
 @dataclass
@@ -154,9 +159,9 @@ def write_csv(rows: Iterable[Row], file: Path) -> None:
 
 def finish(rows: Iterable[Row], ceilings: Ceilings) -> None:
     """Fill in what follows from the times of a case: rates, percent of the floor, ratios."""
-    by_case: dict[tuple[str, str, str], list[Row]] = {}
+    by_case: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
-        by_case.setdefault(row.key[:3], []).append(row)
+        by_case.setdefault(row.case_key, []).append(row)
     for same_case in by_case.values():
         timed = [(row, row.time_us) for row in same_case if row.time_us is not None]
         peers = [

@@ -108,7 +108,7 @@ class Bench:
             return
         group: list[Row] = []
         for row in importlib.import_module(name).run(self.settings):
-            if group and group[0].key[:3] != row.key[:3]:
+            if group and group[0].case_key != row.case_key:
                 yield group
                 group = []
             group.append(row)
