@@ -70,7 +70,7 @@ def read(page: Path = PAGE) -> dict[str, list[Block]]:
     for number, line in enumerate(page.read_text().splitlines(keepends=True), 1):
         if opened is not None:
             if line.rstrip() == "```":
-                recipes[title].append(_block(title, *opened))
+                recipes[title].append(_block(page, title, *opened))
                 opened = None
             else:
                 opened[2].append(line)
@@ -88,13 +88,13 @@ def read(page: Path = PAGE) -> dict[str, list[Block]]:
     return recipes
 
 
-def _block(recipe: str, language: str, line: int, lines: list[str]) -> Block:
+def _block(page: Path, recipe: str, language: str, line: int, lines: list[str]) -> Block:
     if language == "console":
         return Block(recipe, "console", None, line, "".join(lines))
     first = FIRST_LINE.fullmatch(lines[0].rstrip()) if lines else None
     if language != "python" or first is None:
         raise ValueError(
-            f"{PAGE}:{line}: expected a console block, or a python block that begins with "
+            f"{page}:{line}: expected a console block, or a python block that begins with "
             f"'# own graph' or '# drop-in', got {language or 'no language'}"
         )
     return Block(recipe, first["kind"], first["condition"], line, "".join(lines))

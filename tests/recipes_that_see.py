@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import talking_models
 import vision_checkpoint
-from test_recipes import SEEING, Ran, check_against_plain, run
+from recipe_runs import SEEING, Ran, check_against_plain, run
 from transformers.video_utils import load_video
 
 NAME = "LGAI-EXAONE/EXAONE-4.5-33B"

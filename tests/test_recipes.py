@@ -4,144 +4,15 @@ same family, and its results compared with plain transformers: the drop-in block
 from __future__ import annotations
 
 import importlib.util
-import json
-import shlex
-import urllib.request
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import recipe_page
 import talking_models
 import torch
 import torchvision_shim
-import transformers
-from drop_in_cases import close
-from exafuse.cli import commands as cli
+from recipe_runs import HEADS, NAMES, PAGE, RECIPES, SEEING, check_against_plain, run
 from test_processor import python
-from test_serve import serving_process
-
-OWN, DROP_IN, CONSOLE = "own graph", "drop-in", "console"
-PAGE = recipe_page.read()
-NAMES = {
-    "LGAI-EXAONE/EXAONE-4.0-1.2B": "exaone4",
-    "Qwen/Qwen2-7B-Instruct": "qwen2",
-    "meta-llama/Llama-3.2-1B": "llama",
-}
-HEADS = {
-    "meta-llama/Llama-3.2-1B": "causal_lm",
-    "my-classifier": "sequence_classification",
-    "my-tagger": "token_classification",
-    "my-reader": "question_answering",
-}
-Namespace = dict[str, Any]
-SCORES = ("loss", "hidden", "scores", "class_loss", "tags", "starts", "ends", "span_loss")
-
-
-@dataclass
-class Ran:
-    """What is left of the blocks of each kind: ``plain`` are the drop-in ones without us.
-    ``printed``: by all. ``answers``: of a server."""
-
-    own: Namespace = field(default_factory=dict)
-    drop_in: Namespace = field(default_factory=dict)
-    plain: Namespace = field(default_factory=dict)
-    printed: str = ""
-    answers: list[Any] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a recipe is run. ``blocks``: their kinds, in order. ``own``, ``drop_in``: the variables
-    that must be as in plain transformers. ``after``: the recipe whose blocks go before.
-    ``needs``: packages that are optional."""
-
-    blocks: tuple[str, ...]
-    own: tuple[str, ...] = ()
-    drop_in: tuple[str, ...] = ()
-    after: str | None = "Load"
-    check: Callable[[Ran], None] | None = None
-    needs: tuple[str, ...] = ()
-
-
-def _thinking(ran: Ran) -> None:
-    assert ran.own["answer"] == "3.9 is larger."
-    assert ran.own["short"] == "3.9"
-
-
-def _tools(ran: Ran) -> None:
-    assert ran.own["answer"] == "It has 21 degrees."
-    assert [call.name for call in ran.own["reply"].tool_calls] == ["get_weather"]
-    assert ran.drop_in["calls"] == ran.plain["calls"] == ran.own["reply"].tool_calls
-
-
-def _pipelines(ran: Ran) -> None:
-    assert ran.plain["answer"] == "It is Seoul."
-    assert ran.plain["text"] == talking_models.PLAIN + " light."
-
-
-def _from_config(ran: Ran) -> None:
-    for family, logits in ran.own["logits"].items():
-        model = transformers.AutoModelForCausalLM.from_pretrained(f"small-{family}")
-        close(logits.detach(), model(ran.own["ids"]).logits.detach())
-        close(ran.drop_in["logits"][family].detach(), ran.plain["logits"][family].detach())
-
-
-def _visible(ran: Ran) -> None:
-    assert "last 24     RoPE" in ran.printed
-    rows = [line for line in ran.printed.splitlines() if line.startswith("'")]
-    drawn = [line.partition("|")[0] for line in rows[: len(rows) // 2]]
-    assert rows == 2 * rows[: len(drawn)], "after exafuse was registered, and plain"
-    assert [row.count("■") for row in drawn] == list(range(1, len(drawn) + 1)), "a causal mask"
-
-
-def _server(ran: Ran) -> None:
-    said, call = ran.answers
-    assert (said["message"]["content"], said["finish_reason"]) == ("It is Seoul.", "stop")
-    (tool_call,) = call["message"]["tool_calls"]
-    assert tool_call["function"]["name"] == "get_weather"
-    assert json.loads(tool_call["function"]["arguments"]) == {"city": "Seoul"}
-    assert call["finish_reason"] == "tool_calls"
-
-
-RECIPES = {
-    "Load": Recipe((OWN, DROP_IN), after=None),
-    "Chat": Recipe((OWN, OWN, DROP_IN), own=("answer", "ids"), drop_in=("answer", "ids")),
-    "Thinking": Recipe(
-        (OWN, DROP_IN),
-        own=("thoughts", "answer"),
-        drop_in=("thoughts", "answer"),
-        check=_thinking,
-    ),
-    "Tools": Recipe((OWN, DROP_IN, DROP_IN), own=("answer",), drop_in=("answer",), check=_tools),
-    "Presence penalty": Recipe((OWN, DROP_IN), own=("answer",), drop_in=("answer", "ids")),
-    "Pipelines": Recipe((DROP_IN,), drop_in=("answer", "text"), after=None, check=_pipelines),
-    "Static cache": Recipe((OWN, DROP_IN), own=("ids",), drop_in=("ids",), after=None),
-    "Quantised weights": Recipe(
-        (OWN, DROP_IN),
-        own=("ids", "scores"),
-        drop_in=("ids", "scores", "small_ids"),
-        after=None,
-        needs=("torchao", "bitsandbytes"),
-    ),
-    "int4 on a GPU": Recipe(
-        (OWN, DROP_IN), own=("ids",), drop_in=("ids",), after=None, needs=("torchao",)
-    ),
-    "A model from a config": Recipe((OWN, DROP_IN), after=None, check=_from_config),
-    "Heads and losses": Recipe((OWN, DROP_IN), own=SCORES, drop_in=SCORES, after=None),
-    "What a token sees": Recipe((CONSOLE, DROP_IN), after=None, check=_visible),
-    "A server": Recipe(
-        (CONSOLE,), after=None, check=_server, needs=("fastapi", "uvicorn", "openai")
-    ),
-}
-# Run by tests/recipes_that_see.py, with torchvision.
-SEEING = {
-    "Images": Recipe((OWN, DROP_IN), after=None),
-    "Video": Recipe((OWN, DROP_IN), after="Images"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -153,50 +24,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def run(title: str, replaced: Mapping[str, str], ran: Ran | None = None) -> Ran:
-    """Every block of a recipe, and before them those of the recipe that it goes on from."""
-    ran = ran or Ran()
-    after = (RECIPES | SEEING)[title].after
-    if after is not None:
-        run(after, replaced, ran)
-    for block in PAGE[title]:
-        if block.kind == OWN:
-            torch.manual_seed(0)
-            block.run(ran.own, replaced)
-        elif block.kind == DROP_IN:
-            torch.manual_seed(0)
-            block.run(ran.drop_in, replaced)
-            torch.manual_seed(0)
-            block.plain().run(ran.plain, replaced)
-        else:
-            run_commands(recipe_page.replace(block.source, replaced), ran)
-    return ran
-
-
-def run_commands(source: str, ran: Ran) -> None:
-    """The commands of a console block; what a server answers to ``curl`` is kept in ``ran``."""
-    with ExitStack() as stack:
-        address = None
-        for text in source.removeprefix("$ ").split("\n$ "):
-            program, *arguments = shlex.split(text)
-            if [program, *arguments[:1]] == ["exafuse", "serve"]:
-                folder, *options = arguments[1:]
-                assert options == ["--port", "8000"]
-                _, address = stack.enter_context(serving_process(Path(folder)))
-            elif program == "curl":
-                assert address is not None
-                url, _, header, _, data = arguments
-                assert arguments[1::2] == ["-H", "-d"]
-                url = url.replace("http://127.0.0.1:8000", address)
-                headers = dict([header.split(": ")])
-                request = urllib.request.Request(url, data.encode(), headers)
-                with urllib.request.urlopen(request, timeout=120) as response:
-                    ran.answers.append(json.load(response)["choices"][0])
-            else:
-                assert program == "exafuse", f"not run: {text}"
-                assert cli.main(arguments) == 0
-
-
 def skip_without(title: str) -> None:
     """Skip a recipe that cannot run here."""
     for package in RECIPES[title].needs:
@@ -206,28 +33,6 @@ def skip_without(title: str) -> None:
     assert conditions <= {"GPU only"}
     if conditions and not torch.cuda.is_available():
         pytest.skip(f"{title}: needs a GPU, torch finds none here")
-
-
-def implementations(namespace: Namespace) -> set[str]:
-    """The attention of every transformers model that a block left behind."""
-    values = [getattr(value, "model", value) for value in namespace.values()]
-    values = [value for value in values if isinstance(value, transformers.PreTrainedModel)]
-    return {value.config._attn_implementation for value in values}
-
-
-def check_against_plain(recipe: Recipe, ran: Ran) -> None:
-    for results, namespace in ((recipe.own, ran.own), (recipe.drop_in, ran.drop_in)):
-        for name in results:
-            result, expected = namespace[name], ran.plain[name]
-            if isinstance(result, torch.Tensor) and result.is_floating_point():
-                close(result.detach(), expected.detach())
-            elif isinstance(result, torch.Tensor):
-                assert result.tolist() == expected.tolist(), name
-            else:
-                assert result == expected, name
-    if recipe.drop_in:
-        assert "exafuse" not in implementations(ran.plain)
-        assert implementations(ran.drop_in) == {"exafuse"}
 
 
 def test_every_block_of_the_page_is_run() -> None:
@@ -244,7 +49,33 @@ def test_the_page_links_to_every_recipe() -> None:
         assert f"[{title}](#{title.lower().replace(' ', '-')})" in text, title
 
 
-@pytest.mark.parametrize("title", [title for title in RECIPES if title != "Heads and losses"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "## A\n```python\nprint(1)\n```\n",
+        "## A\n```sh\nls\n```\n",
+        "```python\n# drop-in\n```\n",
+        "## A\n  ```python\n  # drop-in\n  ```\n",
+        "## A\n```python\n# drop-in\n",
+        "## A\n## A\n",
+    ],
+    ids=["no kind", "language", "no recipe", "indented", "not closed", "twice"],
+)
+def test_a_block_that_would_not_be_run_is_an_error(text: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    with pytest.raises(ValueError, match=r"page\.md:\d+: "):
+        recipe_page.read(page)
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        pytest.param(title, marks=[pytest.mark.slow] if title == "A server" else [])
+        for title in RECIPES
+        if title != "Heads and losses"
+    ],
+)
 def test_recipe(
     title: str,
     folders: dict[str, str],
@@ -261,7 +92,9 @@ def test_recipe(
         check(ran)
 
 
-@pytest.mark.parametrize("family", talking_models.CONFIGS)
+@pytest.mark.parametrize(
+    "family", ["llama", "exaone4", pytest.param("qwen2", marks=pytest.mark.slow)]
+)
 def test_heads(family: str, tmp_path: Path) -> None:
     """The same blocks with the models of each family."""
     folders = talking_models.save_heads(family, tmp_path)
