@@ -61,6 +61,10 @@ class Prompt:
     vision: dict[str, Tensor] = field(default_factory=dict)
 
 
+# Older transformers (5.8) has 10000 built in.
+TOWER_HAS_ROPE_BASE = hasattr(transformers.Exaone4_5_VisionConfig(), "rope_parameters")
+
+
 def pixels(grids: list[list[int]], patch_values: int, generator: torch.Generator) -> Tensor:
     """Random pixel values of images or videos."""
     count = sum(t * h * w for t, h, w in grids)
@@ -146,6 +150,8 @@ def random_case(seed: int, tower_heads: tuple[int, ...] = (4, 8, 12, 16, 24)) ->
         "fullatt_block_indexes": sorted(rng.sample(range(depth), rng.randint(0, depth))),
         "rope_parameters": {"rope_type": "axial", "rope_theta": rng.choice([1e4, 500.0])},
     }
+    if not TOWER_HAS_ROPE_BASE:
+        del vision["rope_parameters"]
 
     def grid(frames: int) -> list[int]:
         return [frames, merge * rng.randint(1, 7), merge * rng.randint(1, 7)]
