@@ -84,9 +84,18 @@ def sdpa(name: str, inputs: Inputs, window: Window) -> Call:
 
     def call() -> tuple[Tensor]:
         with sdpa_kernel(SDPA[name]):
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shares_heads
-            )
+            try:
+                out = F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shares_heads
+                )
+            except RuntimeError as error:
+                if not str(error).startswith(("No available kernel", "No viable backend")):
+                    raise
+                masked = "" if mask is None else ", masked"
+                raise Unsupported(
+                    f"torch finds no such kernel for {q.shape[1]}/{k.shape[1]} heads of "
+                    f"{q.shape[3]}{masked}"
+                ) from None
         return (out.transpose(1, 2),)
 
     return call

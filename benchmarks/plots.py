@@ -27,6 +27,9 @@ COLOURS = {
     "flashinfer": "#f4a261",
     "quack": "#0077b6",
     "flash-attn-4": "#40916c",
+    "transformers eager": "#8d99ae",
+    "transformers sdpa": "#457b9d",
+    "transformers static, compiled": "#7b2cbf",
 }
 CONTEXTS = tuple(2**power for power in range(10, 18))  # 1k to 128k tokens
 
@@ -109,7 +112,7 @@ def _about(result: Result) -> str:
 
 
 def _colour(contender: str) -> str:
-    return COLOURS.get(contender, INK)
+    return COLOURS.get(contender, "#e5989b" if contender.startswith("exafuse") else INK)
 
 
 def _order(contender: str) -> int:

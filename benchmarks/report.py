@@ -22,7 +22,8 @@ TOLERANCE = 1.05
 def load(folder: Path = FOLDER) -> list[Result]:
     """Every stored run on a GPU, by folder and name."""
     files = [file for file in sorted(folder.glob("*/*.json")) if file.name != "ledger.json"]
-    return [read(file) for file in files]
+    results = [read(file) for file in files]
+    return [result for result in results if result.machine.get("device") != "cpu"]
 
 
 # ---- comparisons ---------------------------------------------------------------------------------

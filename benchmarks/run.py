@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,8 @@ class Bench:
         device = self.settings.device
         make = lambda seed: case.make(torch.Generator(device).manual_seed(seed))  # noqa: E731
         first = make(0)
-        num_bytes = sum(x.nbytes for x in first.values() if isinstance(x, torch.Tensor))
-        number, cold = sets_needed(num_bytes, device)
+        held_bytes = sum(x.nbytes for x in first.values() if isinstance(x, torch.Tensor))
+        number, cold = sets_needed(case.bytes, held_bytes, device)
         return [first, *(make(seed) for seed in range(1, number))], cold
 
     def _compete(
@@ -164,12 +165,16 @@ class Bench:
     ) -> None:
         """Check a contender, then time it; whatever it does ends up in its row."""
         try:
-            call = contender.prepare(sets[0])
-            row.error, wrong = error_against(call(), expected)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # SDPA warns of each kernel it may not use
+                call = contender.prepare(sets[0])
+                outputs = call()
+            row.error, wrong = error_against(outputs, expected)
             if wrong:
                 row.status, row.reason = "wrong", wrong
                 row.error = row.error if math.isfinite(row.error) else None
                 return
+            del outputs
             calls = [call, *(contender.prepare(inputs) for inputs in sets[1:])]
             timing = time_calls(calls, self.settings.device, self.settings.effort)
         except Unsupported as lack:

@@ -36,13 +36,14 @@ class Effort:
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of one call: median and quartiles over the repeats."""
+    """Microseconds of one call: median and quartiles over the repeats, and the fastest."""
 
     median_us: float
     q1_us: float
     q3_us: float
     repeats: int
     mode: str  # graph, events or host
+    best_us: float
     note: str = ""  # why a graph could not be had
 
 
@@ -53,16 +54,22 @@ def cache_bytes(device: torch.device) -> int:
     return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
 
 
-def sets_needed(set_bytes: int, device: torch.device) -> tuple[int, bool]:
-    """How many sets of inputs take turns, and whether a set has left the cache when it returns."""
+def sets_needed(moved_bytes: int, held_bytes: int, device: torch.device) -> tuple[int, bool]:
+    """How many sets of inputs take turns, and whether a set has left the cache when it returns.
+
+    Args:
+        moved_bytes: what a call reads and writes of a set: a window, say, and not the whole cache.
+        held_bytes: what a set takes of the memory.
+        device: whose cache has to be filled.
+    """
     cache = cache_bytes(device)
     if cache == 0:
         return 2, False
-    wanted = -(-5 * cache // (2 * max(set_bytes, 1)))
+    wanted = -(-5 * cache // (2 * max(moved_bytes, 1)))
     free, _ = torch.cuda.mem_get_info(device)
-    affordable = int(free // 4 // max(set_bytes, 1))
+    affordable = int(free // 4 // max(held_bytes, 1))
     number = max(1, min(max(2, wanted), MAX_SETS, affordable))
-    return number, number * set_bytes > 2 * cache
+    return number, number * moved_bytes > 2 * cache
 
 
 def time_calls(calls: Sequence[Call], device: torch.device, effort: Effort) -> Timing:
@@ -138,7 +145,7 @@ def _repeated(
     repeats = max(3, min(effort.repeats, affordable))
     times += [once() for _ in range(repeats - 1)]
     q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive")
-    return Timing(median, q1, q3, repeats, mode, note)
+    return Timing(median, q1, q3, repeats, mode, min(times), note)
 
 
 # ---- correctness ---------------------------------------------------------------------------------

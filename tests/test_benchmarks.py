@@ -13,7 +13,7 @@ import torch
 from exafuse.config import load_config
 from exafuse.reference.attention import visible_keys
 
-from benchmarks import peers, results, roofline, run, shapes, timing
+from benchmarks import attention_peers, peers, results, roofline, run, shapes, timing
 from benchmarks.case import Case, Contender, Maker, Settings, Unsupported
 from benchmarks.results import Ceilings, Peer, Result, Row
 
@@ -115,6 +115,32 @@ def test_timing_runs_every_set_of_inputs_alike():
 def test_a_slow_call_is_repeated_three_times():
     found = timing.time_calls([lambda: None], torch.device("cpu"), timing.Effort(50, 1e-9))
     assert found.repeats == 3
+
+
+@pytest.mark.parametrize(
+    ("moved", "held", "expected"),
+    [
+        (50 << 20, 50 << 20, (3, True)),  # 2.5 caches of 50 MiB
+        (1 << 30, 1 << 30, (2, True)),
+        (16 << 20, 512 << 20, (8, True)),  # a window of a long cache
+        (16 << 20, 4 << 30, (5, False)),  # a quarter of 80 GiB holds five
+        (1024, 1024, (timing.MAX_SETS, False)),
+        (60 << 30, 60 << 30, (1, True)),
+    ],
+)
+def test_sets_of_inputs_are_larger_than_the_cache(moved, held, expected, monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 50 << 20)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 << 30, 140 << 30))
+    assert timing.sets_needed(moved, held, gpu) == expected
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 0)
+    assert timing.sets_needed(moved, held, gpu) == (2, False)
+
+
+def test_sdpa_without_a_kernel_is_unsupported():
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(Unsupported, match="torch finds no such kernel for 2/2 heads of 8"):
+        attention_peers.sdpa("sdpa-cudnn", {"q": q, "k": q, "v": q}, (-1, 0))()
 
 
 def test_errors_that_a_glance_at_the_mean_would_miss():
