@@ -117,6 +117,45 @@ def test_a_slow_call_is_repeated_three_times():
     assert found.repeats == 3
 
 
+class FakeGpu:
+    """What timing.py asks of CUDA: a call takes 3 us in a graph and 5 alone."""
+
+    def __init__(self, monkeypatch, capture_fails):
+        self.in_graph, self.capture_fails, self.log = False, capture_fails, []
+        monkeypatch.setattr(timing, "_captured", self.captured)
+        monkeypatch.setattr(timing, "_events", self.events)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+
+    def captured(self, calls):
+        if self.capture_fails:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        self.captured_calls = len(calls)
+        return lambda: self.log.append("replay")
+
+    def events(self, run, count):
+        before = len(self.log)
+        run()
+        return 3.0 if self.log[before:] == ["replay"] else 5.0
+
+
+@pytest.mark.parametrize("capture_fails", [False, True])
+def test_a_gpu_replays_graphs_where_it_can(capture_fails, monkeypatch):
+    gpu = FakeGpu(monkeypatch, capture_fails)
+    calls = [lambda i=i: gpu.log.append(i) for i in range(4)]
+    found = timing.time_calls(calls, torch.device("cuda"), timing.Effort(repeats=9, seconds=1))
+    assert found.repeats == 9
+    if capture_fails:
+        assert (found.mode, found.median_us) == ("events", 5.0)
+        assert found.note == (
+            "no graph: RuntimeError: operation not permitted when stream is capturing"
+        )
+        assert {gpu.log.count(i) for i in range(4)} == {2 + 25 * 10}  # warm, estimate, 25 rounds
+    else:
+        assert (found.mode, found.median_us, found.note) == ("graph", 3.0, "")
+        assert gpu.captured_calls * 5 >= timing.SHORTEST_REPLAY_US  # long beside a graph's start
+        assert gpu.log.count("replay") == 10  # one to warm up
+
+
 @pytest.mark.parametrize(
     ("moved", "held", "expected"),
     [
