@@ -13,11 +13,13 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+import vision_checkpoint
 from command_line import make_folder, run
 from exafuse import ConfigError
 from exafuse.cli import commands as cli
 from exafuse.cli.quantised import hush_libraries
 from exafuse.config import load_config
+from exafuse.config.quantisation import method_of, read_quantisation
 from exafuse.generation.config import GenerationConfig
 from exafuse.integrations.generating import PatchedModel
 from torch import Tensor
@@ -240,16 +242,94 @@ def test_a_method_whose_library_is_missing(
     assert re.search(rf"quantised by '{method}', and transformers cannot load them here", error)
 
 
-def test_quantisation_named_in_the_text_part_alone(tmp_path: Path) -> None:
-    from exafuse.config.quantisation import read_quantisation
+def refusal_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says of a folder before transformers sees it."""
+    capsys.readouterr()
+    assert cli.main(["generate", str(folder), "x", "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
+
+def test_what_transformers_must_not_follow(
+    plain_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Files outside the folder, pickles, other models and unknown methods are refused by us."""
+    folder = quantised(plain_folder, tmp_path / "quantised", "torchao")
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("transformers was asked")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", never)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    adapter = folder / "adapter_config.json"
+    adapter.write_text(json.dumps({"base_model_name_or_path": "/elsewhere"}))
+    assert "adapter_config.json" in refusal_of(folder, capsys)
+    adapter.unlink()
+    content = weights.read_bytes()
+    weights.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
+    assert "pickle" in refusal_of(folder, capsys)
+    (folder / "pytorch_model.bin").unlink()
+    index = {"weight_map": {"model.norm.weight": "../plain/model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "not a plain file name" in refusal_of(folder, capsys)
+    (folder / "model.safetensors.index.json").unlink()
+    weights.write_bytes(content)
+    values = json.loads(config.read_text())
+    for section, words in (
+        ({"quant_method": "evil"}, "got 'evil'"),
+        ({"bits": 4}, "got an unnamed method"),
+        ("int4", "got an unnamed method"),
+    ):
+        config.write_text(json.dumps({**values, "quantization_config": section}))
+        assert words in refusal_of(folder, capsys)
+    config.write_text(json.dumps({**values, "model_type": "gpt2"}))
+    assert "model_type" in refusal_of(folder, capsys)
+
+
+def test_older_bitsandbytes_files_name_no_method() -> None:
+    assert method_of({"load_in_4bit": True}) == "bitsandbytes"
+    assert method_of({"load_in_8bit": True, "load_in_4bit": False}) == "bitsandbytes"
+    assert method_of({"load_in_8bit": False}) is None
+
+
+def test_a_model_that_sees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """EXAONE 4.5: the tower is quantised or not as the method likes; pictures go in as ever."""
+    quantization = pytest.importorskip("torchao.quantization", reason="the extra quant")
+    pillow = pytest.importorskip("PIL.Image", reason="the extra vision")
+    source = vision_checkpoint.save_model(tmp_path / "source")
+    method = quantization.Int8WeightOnlyConfig(set_inductor_config=False)
+    loader = transformers.AutoModelForImageTextToText
+    loader.from_pretrained(
+        source, quantization_config=transformers.TorchAoConfig(method), device_map="cpu"
+    ).save_pretrained(tmp_path / "quantised")
+    for path in source.iterdir():
+        if not (tmp_path / "quantised" / path.name).exists() and path.suffix == ".json":
+            (tmp_path / "quantised" / path.name).write_bytes(path.read_bytes())
+    for path in source.glob("*.jinja"):
+        (tmp_path / "quantised" / path.name).write_bytes(path.read_bytes())
+    answers = []
+    for seed in (0, 1):
+        pillow.fromarray(vision_checkpoint.image(seed)).save(tmp_path / "picture.png")
+        argv = ["generate", str(tmp_path / "quantised"), "what is it", "--device", "cpu"]
+        argv += ["--image", str(tmp_path / "picture.png"), "--max-new-tokens", "8"]
+        capsys.readouterr()
+        assert cli.main([*argv, "--temperature", "0"]) == 0, capsys.readouterr().err
+        answers.append(capsys.readouterr().out)
+    assert answers[0] != answers[1]
+
+
+def test_quantisation_named_in_the_text_part_alone(tmp_path: Path) -> None:
     values = {"model_type": "exaone4_5", "text_config": {"a": 1}}
     section = {"compression_config": {"quant_method": "compressed-tensors"}}
     for name, part in (("text_config", section), ("vision_config", section)):
         content = {**values, name: {**values.get(name, {}), **part}}
         (tmp_path / "config.json").write_text(json.dumps(content))
-        method, rest = read_quantisation(tmp_path)
-        assert method == "'compressed-tensors'"
+        found, rest = read_quantisation(tmp_path)
+        assert method_of(found) == "compressed-tensors"
         assert "compression_config" not in json.dumps(rest)
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert read_quantisation(tmp_path) == (None, values)

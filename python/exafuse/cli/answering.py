@@ -49,10 +49,10 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
             f"{folder}: expected a checkpoint folder, with config.json, weights and tokenizer; "
             "it has no config.json"
         )
-    method, values = read_quantisation(folder)
-    if method is not None:
+    quantisation, values = read_quantisation(folder)
+    if quantisation is not None:
         processor = load_processor(folder)
-        return load_quantised(folder, method, values, arguments), processor
+        return load_quantised(folder, quantisation, values, arguments), processor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the config is read again with the model, and speaks then
         require_language_model(load_config(folder).head, arguments.model, "generate text")

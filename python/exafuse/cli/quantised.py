@@ -10,6 +10,7 @@ from typing import Any
 
 from exafuse.errors import CheckpointError
 
+METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "torchao")
 # They report, on every start, kernels of theirs that this machine cannot use.
 _TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
@@ -21,19 +22,23 @@ def hush_libraries() -> None:
 
 
 def load_quantised(
-    folder: Path, method: str, values: dict[str, Any], arguments: argparse.Namespace
+    folder: Path,
+    quantisation: dict[str, Any],
+    values: dict[str, Any],
+    arguments: argparse.Namespace,
 ) -> Any:
-    """The model of a folder whose weights are quantised by ``method``, patched.
+    """The model of a folder whose weights are quantised, patched.
 
     Args:
         folder: the checkpoint.
-        method: for messages.
-        values: its config.json without what it says of quantisation.
+        quantisation: what its config.json says of that.
+        values: what it says besides.
         arguments: of the command line.
 
     Raises:
         ConfigError: the model is none of ours.
-        CheckpointError: transformers cannot load it here.
+        CheckpointError: the files are not what they must be, the method is one that we do not
+            trust a file to name, or transformers cannot load it here.
         ValueError: an argument that such a folder cannot have.
     """
     import torch
@@ -41,15 +46,29 @@ def load_quantised(
 
     from exafuse.config import load_config
     from exafuse.config.head import require_language_model
+    from exafuse.config.quantisation import describe_method, method_of
     from exafuse.generation.config import GenerationConfig
     from exafuse.integrations.generating import PatchedModel
     from exafuse.integrations.patching import patch
+    from exafuse.weights.checkpoint import Checkpoint
 
     if arguments.quantize is not None:
         raise ValueError(
-            f"quantize: expected unquantised weights, those of {folder} are quantised by {method}"
+            f"quantize: expected unquantised weights, those of {folder} are quantised already"
         )
     config = load_config(values)
+    method = describe_method(method_of(quantisation))
+    if method_of(quantisation) not in METHODS:
+        raise CheckpointError(
+            f"{folder}: config.json: quantization_config: expected a quant_method of "
+            f"{', '.join(METHODS)}, got {method}"
+        )
+    if (folder / "adapter_config.json").exists():  # transformers would follow it to another model
+        raise CheckpointError(
+            f"{folder}: expected a model, got an adapter as well (adapter_config.json); merge it, "
+            "or load it with peft"
+        )
+    Checkpoint.open(folder)  # no file but those of the folder, and nothing but tensors in them
     require_language_model(config.head, arguments.model, "generate text")
     if not arguments.quiet:
         print(
@@ -67,6 +86,7 @@ def load_quantised(
             str(folder),
             dtype=arguments.dtype,
             device_map=device,
+            attn_implementation="sdpa",  # and none that a file names
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,

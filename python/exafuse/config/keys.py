@@ -10,7 +10,7 @@ from exafuse.config.fields import Fields
 from exafuse.config.head import ARCHITECTURES
 from exafuse.config.quantisation import KEYS as QUANTISATION_KEYS
 from exafuse.config.quantisation import ROUTE as QUANTISATION_ROUTE
-from exafuse.config.quantisation import method_of
+from exafuse.config.quantisation import describe_method, method_of
 from exafuse.strict_json import shorten
 
 # Keys by which a file could ask a loader to run or fetch something. Reported, never acted on.
@@ -82,9 +82,8 @@ def check_unimplemented(fields: Fields) -> None:
         raise fields.error("hidden_act", "silu, the only activation implemented")
     for key in QUANTISATION_KEYS:
         if section := fields.raw(key):
-            raise fields.error(
-                key, QUANTISATION_ROUTE, f"weights quantised by {method_of(section)}"
-            )
+            method = describe_method(method_of(section))
+            raise fields.error(key, QUANTISATION_ROUTE, f"weights quantised by {method}")
     if fields.raw("per_layer_config"):
         raise fields.error("per_layer_config", "the same sizes in every layer")
     if fields.raw("dual_chunk_attention_config"):

@@ -19,24 +19,33 @@ ROUTE: Final = (
 )
 
 
-def method_of(section: object) -> str:
-    """The method that a ``quantization_config`` names, fit for a message."""
-    method = section.get("quant_method") if isinstance(section, Mapping) else None
+def method_of(section: object) -> str | None:
+    """The method that a ``quantization_config`` names, as far as it is one."""
+    if not isinstance(section, Mapping):
+        return None
+    if section.get("load_in_4bit") is True or section.get("load_in_8bit") is True:
+        return "bitsandbytes"  # whose older files name no method
+    method = section.get("quant_method")
+    return method if isinstance(method, str) else None
+
+
+def describe_method(method: str | None) -> str:
+    """Fit for a message, whatever a file says."""
     return shorten(method) if method else "an unnamed method"
 
 
-def read_quantisation(folder: Path) -> tuple[str | None, dict[str, Any]]:
-    """The method by which the weights of a checkpoint folder are quantised, or None, and what else
-    its config.json says.
+def read_quantisation(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """What the config.json of a checkpoint folder says of quantised weights, None if nothing, and
+    what else it says.
 
     Raises:
         ConfigError: no JSON object.
     """
     values = read_json(folder / "config.json", "model configuration", CONFIG_LIMIT_BYTES)
-    method = None
+    found = None
     if isinstance(values, dict):
         for part in (values, *(values.get(name) for name in _PARTS)):
             for key in KEYS:
                 if isinstance(part, dict) and (section := part.pop(key, None)):
-                    method = method or method_of(section)
-    return method, values
+                    found = found or (section if isinstance(section, dict) else {})
+    return found, values
