@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tiny_models
+import tiny_vision
 import torch
 import transformers
 from torch import Tensor
@@ -32,9 +33,18 @@ def build(family: str, seed: int = 3, **overrides: Any) -> transformers.PreTrain
     return model
 
 
+def build_vision_language(seed: int = 3) -> transformers.PreTrainedModel:
+    """EXAONE 4.5, as :func:`build`."""
+    model = tiny_vision.build({"pad_token_id": 0}, seed=seed)
+    model.set_attn_implementation("sdpa")
+    return model
+
+
 def prompts(model: transformers.PreTrainedModel, batch: int = 2, length: int = 11) -> Tensor:
     generator = torch.Generator().manual_seed(length * 7 + batch)
-    return torch.randint(1, model.config.vocab_size, (batch, length), generator=generator)
+    first = 1 + max(tiny_vision.IMAGE, tiny_vision.VIDEO)  # ids of text alone
+    vocab_size = model.config.get_text_config().vocab_size
+    return torch.randint(first, vocab_size, (batch, length), generator=generator)
 
 
 def left_padding(ids: Tensor) -> Tensor:
@@ -86,8 +96,8 @@ def own_mask(model: Any) -> Tensor:
     mask[4:, 2:4] = False
     minus = torch.finfo(torch.float32).min
     floats = torch.zeros(2, 1, 11, 11).masked_fill(~mask, minus)
-    if len(set(getattr(model.config, "layer_types", None) or [0])) > 1:
-        floats = dict.fromkeys(model.config.layer_types, floats)
+    if len(set(getattr(model.config.get_text_config(), "layer_types", None) or [0])) > 1:
+        floats = dict.fromkeys(model.config.get_text_config().layer_types, floats)
     return model(ids, attention_mask=floats).logits
 
 
