@@ -7,6 +7,7 @@ import io
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -209,3 +210,4 @@ def test_chat_at_a_terminal_survives_ctrl_c(tmp_path):
 
 def _take_terminal():
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a run in the background may ignore it
