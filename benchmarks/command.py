@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from . import plots, report, results
-from .run import SUITES, Bench, settings_for, slug
+from .machine import slug
+from .run import SUITES, Bench, settings_for
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ STEPS = 8
 def write(settings: Settings, name: str, model: Any) -> list[Path]:
     """Profile a prompt of 128 tokens and a few steps after it; the files that were written."""
     from .bench_models import decode_step, filled_cache, prompt
-    from .run import slug
+    from .machine import slug
 
     assert settings.profile is not None
     folder = Path(settings.profile)

@@ -226,8 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(markdown(result) for result in results) or UNMEASURED)
             print("\n".join(across_versions(results)))
         if arguments.png:
+            from .machine import slug
             from .plots import draw
-            from .run import slug
 
             for result in results:
                 draw([result], arguments.png / slug(result.machine["name"]))

@@ -8,15 +8,10 @@ import importlib
 import importlib.util
 import math
 import os
-import platform
-import re
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 import exafuse
 import torch
@@ -24,8 +19,9 @@ from exafuse import ops
 
 from . import peers, roofline
 from .case import Case, Contender, Inputs, Settings, Unsupported
+from .machine import commit, describe_machine
 from .results import Peer, Result, Row, finish
-from .timing import clocks, error_against, nvidia_smi, one_line, sets_needed, time_calls
+from .timing import clocks, error_against, one_line, sets_needed, time_calls
 
 # Modules of cases, by suite; a suite of its own kind has one module with `run(settings)`.
 CASES = {
@@ -254,70 +250,7 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-# ---- machine and source --------------------------------------------------------------------------
-
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on: the device, driver, clocks, versions."""
-    import numpy
-
-    machine: dict[str, Any] = {
-        "device": device.type,
-        "name": platform.processor() or platform.machine(),
-        "driver": "",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "",
-        "python": platform.python_version(),
-        "numpy": numpy.__version__,
-        "threads": torch.get_num_threads(),
-        "clocks_before": clocks(device),
-    }
-    software = f"torch {torch.__version__}, {machine['threads']} threads"
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        machine["name"] = properties.name
-        machine["driver"] = ", ".join(nvidia_smi(device, ["driver_version"])) or "unknown"
-        machine["l2_bytes"] = getattr(properties, "L2_cache_size", 0)
-        machine["multiprocessors"] = properties.multi_processor_count
-        machine["power_limit"] = ", ".join(nvidia_smi(device, ["power.limit"])) or "unknown"
-        software = f"driver {machine['driver']}, torch {torch.__version__}, CUDA {machine['cuda']}"
-    else:
-        machine["name"] = _cpu_name() or machine["name"]
-    return machine | {"software": software}
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else ""
-
-
-def slug(name: str) -> str:
-    """The folder of a GPU: "NVIDIA H200" is nvidia-h200."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def commit() -> str:
-    """The commit of the checkout that this file is in, "-changed" if sources differ; else ""."""
-    folder = Path(__file__).resolve().parent
-    root = folder.parent
-    if not (root / "pyproject.toml").is_file() or not (root / ".git").exists():
-        return ""
-    git = ["git", "-C", str(root)]
-    try:
-        head, changed = (
-            subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout
-            for words in (
-                ("rev-parse", "--short=12", "HEAD"),
-                ("status", "--porcelain", "csrc", "python"),
-            )
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head.strip() + ("-changed" if changed.strip() else "")
+# ---- settings -----------------------------------------------------------------------------------
 
 
 def default_device() -> str:
