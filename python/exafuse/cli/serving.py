@@ -19,6 +19,7 @@ from exafuse.cli.registry import BACKENDS, DTYPES, Run, command
 from exafuse.config.fields import Fields
 from exafuse.config.head import HeadConfig, named_head, require_language_model
 from exafuse.errors import CheckpointError, ConfigError
+from exafuse.text.response_template import add_response_template
 
 MODEL_TYPES = ("exaone4", "exaone4_5", "llama", "qwen2")
 _LIBRARIES = ("fastapi", "uvicorn", "openai", "pydantic")
@@ -84,7 +85,10 @@ def _start(folder: Path, arguments: argparse.Namespace) -> Any:
             f"serve: transformers' server takes no {', '.join(sorted(unknown))}; expected "
             "transformers >= 5.23"
         )
-    return Serve(**options)
+    serve = Serve(**options)
+    for loaded in serve._model_manager.loaded_models.values():
+        add_response_template(loaded.processor, loaded.model.config.model_type)
+    return serve
 
 
 def _run(serve: Any, folder: Path) -> int:
