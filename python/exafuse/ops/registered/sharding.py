@@ -26,7 +26,7 @@ _ROWS: dict[str, tuple[tuple[str, ...], str]] = {
     "silu_and_mul_backward": (("grad", "gate", "up"), "rr"),
     "qk_norm_rope_backward": (
         ("grad_q", "grad_k", "grad_v", "q", "k", "v", "positions"),
-        "rrrww",
+        "rrww",
     ),
     "flash_attn_backward": (("grad", "q", "k", "v", "out", "lse"), "rrr"),
 }
