@@ -215,3 +215,18 @@ CALLS: dict[str, Call] = {
 }
 # Those whose arguments test_bad_attention.py does not go through.
 ROWWISE = [name for name in CALLS if "attn" not in name]
+# Arguments with a row a token or a sequence; without any of them there is nothing to do.
+ROWS = {
+    "rms_norm": ("x",),
+    "add_rms_norm": ("x", "residual"),
+    "rms_norm_add": ("x", "residual"),
+    "qk_norm_rope": ("qkv", "positions"),
+    "qk_norm_rope, apart": ("q", "k", "v", "positions"),
+    "qk_norm_rope_cache": ("qkv", "positions", "slot_mapping"),
+    "qk_norm_rope_cache, apart": ("q", "k", "v", "positions", "slot_mapping"),
+    "apply_rope": ("q", "k", "positions"),
+    "silu_and_mul": ("gate_up",),
+    "silu_and_mul, apart": ("gate", "up"),
+    "flash_attn_func": ("q", "k", "v"),
+    "flash_attn_func, few queries": ("q", "k", "v"),
+}

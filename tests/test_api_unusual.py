@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from api_calls import CALLS, Arguments, Call, cloned, named_in
+from api_calls import CALLS, ROWS, Arguments, Call, cloned, named_in
 from exafuse import ops, reference
 from kernel_backends import Backend, emulated
 from poison import layouts
@@ -123,23 +123,6 @@ def test_tensors_without_memory_give_shapes(name: str, path: str, emulated: Back
             assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
             assert ours.device.type == device
             assert ours.is_meta or type(ours).__name__ == "FakeTensor"
-
-
-# Arguments with a row a token or a sequence; without any of them there is nothing to do.
-ROWS = {
-    "rms_norm": ("x",),
-    "add_rms_norm": ("x", "residual"),
-    "rms_norm_add": ("x", "residual"),
-    "qk_norm_rope": ("qkv", "positions"),
-    "qk_norm_rope, apart": ("q", "k", "v", "positions"),
-    "qk_norm_rope_cache": ("qkv", "positions", "slot_mapping"),
-    "qk_norm_rope_cache, apart": ("q", "k", "v", "positions", "slot_mapping"),
-    "apply_rope": ("q", "k", "positions"),
-    "silu_and_mul": ("gate_up",),
-    "silu_and_mul, apart": ("gate", "up"),
-    "flash_attn_func": ("q", "k", "v"),
-    "flash_attn_func, few queries": ("q", "k", "v"),
-}
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from api_calls import CALLS, Arguments, Call, cloned
+from api_calls import CALLS, ROWS, Arguments, Call, cloned
 from exafuse import ops, reference
 from exafuse.ops.registered import library
 from kernel_backends import Backend, emulated
@@ -227,6 +227,35 @@ def test_export_keeps_the_op(name: str, module: ModuleType) -> None:
     program = torch.export.export(block, (x,), strict=False)
     assert [n for n in program.graph.nodes if str(n.target).startswith("exafuse.")]
     close(program.module()(x), Block(CALLS[name], reference)(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_compiles_whole_for_any_number_of_rows(name: str) -> None:
+    """One graph for two sizes; what an op writes into is written by the compiled code too."""
+    call = CALLS[name]
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    inputs = tensors_of(call.arguments(torch.float32))
+    numbers = {n: x for n, x in call.arguments(torch.float32).items() if n not in inputs}
+
+    def compiled_part(*values: Tensor) -> tuple[Tensor, ...]:
+        return call.run(ops, {**numbers, **dict(zip(inputs, values, strict=True))})
+
+    compiled = torch.compile(compiled_part, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (None, 2):
+        given = call.arguments(torch.float32, seed=1)
+        given = cloned(given | {n: given[n][:rows] for n in ROWS[name]})
+        plain = cloned(given)
+        results = compiled(*tensors_of(given).values())
+        close(results, call.run(reference, plain))
+    assert len(graphs) == 1
+    assert [n for n in graphs[0].graph.nodes if "exafuse" in str(n.target)]
 
 
 @pytest.mark.slow
