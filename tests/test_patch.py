@@ -243,6 +243,18 @@ def test_hooks_on_norms_are_heard(model: Any) -> None:
     assert len(heard) == len(norms)
 
 
+def test_backward_hooks_on_norms_are_heard(model: Any) -> None:
+    """Of tensor parallelism, or a look at gradients."""
+    twin, heard = copy.deepcopy(model), []
+    norms = [m for n, m in twin.named_modules() if type(m).__name__.endswith("RMSNorm")]
+    for norm in norms:
+        norm.register_full_backward_hook(lambda *_: heard.append(1))
+    ids = drop_in_cases.prompts(twin)
+    with exafuse.patched(twin):
+        twin(ids, labels=ids, use_cache=False).loss.backward()
+    assert len(heard) == len(norms)
+
+
 def test_replaced_linear_layers_are_called(model: Any) -> None:
     """Adapters and quantised layers stand where the projections stood."""
 

@@ -194,8 +194,9 @@ def vision_block(
 def _fusible(norm: nn.Module) -> bool:
     """Whether the norm may be run by its weight alone: nothing hooks into its calls or wraps them,
     as tensor parallelism does to sum the gradient of a weight that every process has."""
-    hooks = hasattr(norm, "_hf_hook") or norm._forward_hooks or norm._forward_pre_hooks
-    return not hooks and hasattr(norm.forward, FORWARD)
+    forward = hasattr(norm, "_hf_hook") or norm._forward_hooks or norm._forward_pre_hooks
+    backward = norm._backward_hooks or norm._backward_pre_hooks
+    return not forward and not backward and hasattr(norm.forward, FORWARD)
 
 
 def _add_then_norm(
