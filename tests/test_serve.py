@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -160,6 +161,43 @@ def test_health_and_wrong_requests(address: str) -> None:
         post(address, model="another/model")
     assert error.value.code == 400
     error.value.close()
+
+
+@pytest.mark.parametrize("path", ["/load_model", "/reset", "/v1/audio/transcriptions"])
+def test_no_request_loads_or_unloads_a_model(address: str, path: str) -> None:
+    request = urllib.request.Request(
+        f"{address}{path}", b'{"model": "another/model"}', {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=60)
+    assert error.value.code == 404
+    error.value.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("pickle", "expected model.safetensors"),
+        ("adapter", "adapter_config.json"),
+        ("method", "quant_method of .* got 'hub_kernel'"),
+    ],
+)
+def test_what_transformers_would_run_or_follow_is_refused(
+    folder: Path, tmp_path: Path, change: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    copy = tmp_path / "copy"
+    if change == "pickle":
+        (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    elif change == "adapter":
+        (copy / "adapter_config.json").write_text('{"base_model_name_or_path": "another/model"}')
+    else:
+        config = json.loads((copy / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "hub_kernel"}
+        (copy / "config.json").write_text(json.dumps(config))
+    assert exit_code(["serve", str(copy)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(words, error), error
 
 
 @pytest.mark.slow

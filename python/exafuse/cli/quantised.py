@@ -21,6 +21,33 @@ def hush_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def check_for_transformers(folder: Path, quantisation: dict[str, Any] | None) -> None:
+    """Raise unless transformers finds everything of a model in its folder, and runs none of it.
+
+    Args:
+        folder: the checkpoint.
+        quantisation: what its config.json says of quantised weights, None if nothing.
+
+    Raises:
+        CheckpointError: the weights are no safetensors files of the folder, an adapter names
+            another model, or the method is one that we do not trust a file to name.
+    """
+    from exafuse.config.quantisation import describe_method, method_of
+    from exafuse.weights.checkpoint import Checkpoint
+
+    if quantisation is not None and method_of(quantisation) not in METHODS:
+        raise CheckpointError(
+            f"{folder}: config.json: quantization_config: expected a quant_method of "
+            f"{', '.join(METHODS)}, got {describe_method(method_of(quantisation))}"
+        )
+    if (folder / "adapter_config.json").exists():  # transformers would follow it to another model
+        raise CheckpointError(
+            f"{folder}: expected a model, got an adapter as well (adapter_config.json); merge it, "
+            "or load it with peft"
+        )
+    Checkpoint.open(folder)  # no file but those of the folder, and nothing but tensors in them
+
+
 def load_quantised(
     folder: Path,
     quantisation: dict[str, Any],
@@ -50,7 +77,6 @@ def load_quantised(
     from exafuse.generation.config import GenerationConfig
     from exafuse.integrations.generating import PatchedModel
     from exafuse.integrations.patching import patch
-    from exafuse.weights.checkpoint import Checkpoint
 
     if arguments.quantize is not None:
         raise ValueError(
@@ -58,17 +84,7 @@ def load_quantised(
         )
     config = load_config(values)
     method = describe_method(method_of(quantisation))
-    if method_of(quantisation) not in METHODS:
-        raise CheckpointError(
-            f"{folder}: config.json: quantization_config: expected a quant_method of "
-            f"{', '.join(METHODS)}, got {method}"
-        )
-    if (folder / "adapter_config.json").exists():  # transformers would follow it to another model
-        raise CheckpointError(
-            f"{folder}: expected a model, got an adapter as well (adapter_config.json); merge it, "
-            "or load it with peft"
-        )
-    Checkpoint.open(folder)  # no file but those of the folder, and nothing but tensors in them
+    check_for_transformers(folder, quantisation)
     require_language_model(config.head, arguments.model, "generate text")
     if not arguments.quiet:
         print(

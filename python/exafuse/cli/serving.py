@@ -15,15 +15,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from exafuse.cli.quantised import check_for_transformers
 from exafuse.cli.registry import BACKENDS, DTYPES, Run, command
 from exafuse.config.fields import Fields
 from exafuse.config.head import HeadConfig, named_head, require_language_model
+from exafuse.config.quantisation import read_quantisation
 from exafuse.errors import CheckpointError, ConfigError
 from exafuse.text.response_template import add_response_template
 
 MODEL_TYPES = ("exaone4", "exaone4_5", "llama", "qwen2")
 _LIBRARIES = ("fastapi", "uvicorn", "openai", "pydantic")
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+# What is answered. The server has more: some load whatever model a request names.
+_ROUTES = (
+    *("/health", "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses"),
+    *("/docs", "/openapi.json"),
+)
 # Open answers get so long to come to their end when the server is told to stop.
 _GRACE_SECONDS = 5.0
 
@@ -75,6 +82,8 @@ def _start(folder: Path, arguments: argparse.Namespace) -> Any:
         "enable_cors": arguments.cors,
         "log_level": arguments.log_level,
         "default_seed": arguments.seed,
+        "attn_implementation": "sdpa",  # and none that a file names
+        "trust_remote_code": False,
         "non_blocking": True,
     }
     if arguments.thinking is not None:
@@ -85,10 +94,18 @@ def _start(folder: Path, arguments: argparse.Namespace) -> Any:
             f"serve: transformers' server takes no {', '.join(sorted(unknown))}; expected "
             "transformers >= 5.23"
         )
-    serve = Serve(**options)
-    for loaded in serve._model_manager.loaded_models.values():
-        add_response_template(loaded.processor, loaded.model.config.model_type)
-    return serve
+
+    class PinnedServe(Serve):  # type: ignore[misc]
+        """Answers for the one model alone."""
+
+        def start_server(self) -> None:
+            for loaded in self._model_manager.loaded_models.values():
+                add_response_template(loaded.processor, loaded.model.config.model_type)
+            routes = self.server.config.app.router.routes
+            routes[:] = [route for route in routes if route.path in _ROUTES]
+            super().start_server()
+
+    return PinnedServe(**options)
 
 
 def _run(serve: Any, folder: Path) -> int:
@@ -159,6 +176,7 @@ def _check_checkpoint(folder: Path) -> None:
         )
     kind = named_head(Fields(config, str(file)), model_type)
     require_language_model(HeadConfig(kind), str(folder), "serve")
+    check_for_transformers(folder, read_quantisation(folder)[0])
     if "@" in str(folder):
         raise ValueError(
             f"model: {folder}: transformers' server takes what follows an @ for a revision; give "
