@@ -32,6 +32,7 @@ HEADS = {
     "my-tagger": "token_classification",
     "my-reader": "question_answering",
 }
+MODELS = ("model", "chat", "complete")
 Namespace = dict[str, Any]
 SCORES = ("loss", "hidden", "scores", "class_loss", "tags", "starts", "ends", "span_loss")
 
@@ -143,8 +144,10 @@ RECIPES = {
 }
 # Run by tests/recipes_that_see.py, with torchvision.
 SEEING = {
-    "Images": Recipe((OWN, DROP_IN), after=None),
-    "Video": Recipe((OWN, DROP_IN), after="Images"),
+    "Images": Recipe(
+        (OWN, DROP_IN), own=("ids", "same_ids"), drop_in=("ids", "same_ids"), after=None
+    ),
+    "Video": Recipe((OWN, DROP_IN), drop_in=("ids",), after="Images"),
 }
 
 
@@ -200,6 +203,17 @@ def implementations(namespace: Namespace) -> set[str]:
     return {value.config.get_text_config()._attn_implementation for value in values}
 
 
+@torch.no_grad()
+def logits(value: Any, ran: Ran) -> torch.Tensor:
+    """Of a model, or a pipeline's, on the ids or the pictures of the plain blocks: the small models
+    are so sure of their replies that these would survive an error."""
+    model = value.model if isinstance(value, transformers.Pipeline) else value
+    inputs = ran.plain.get("inputs", {})
+    if "pixel_values" not in inputs and "pixel_values_videos" not in inputs:
+        inputs = {"input_ids": ran.plain.get("ids", torch.arange(5, 60)[None])}
+    return model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}).logits
+
+
 def check_against_plain(recipe: Recipe, ran: Ran) -> None:
     for results, namespace in ((recipe.own, ran.own), (recipe.drop_in, ran.drop_in)):
         for name in results:
@@ -210,6 +224,10 @@ def check_against_plain(recipe: Recipe, ran: Ran) -> None:
                 assert result.tolist() == expected.tolist(), name
             else:
                 assert result == expected, name
+    for results, namespace in ((recipe.own, ran.own), (recipe.drop_in, ran.drop_in)):
+        for name in MODELS if results else ():
+            if name in namespace:
+                close(logits(namespace[name], ran), logits(ran.plain[name], ran))
     if recipe.drop_in or "models" in ran.plain:
         assert "exafuse" not in implementations(ran.plain)
         assert implementations(ran.drop_in) == {"exafuse"}
