@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from exafuse.generation.generate import GenerationConfig
 from generation_pair import FAMILIES, Pair, left_padded, prompt, token_at
 
@@ -165,6 +167,9 @@ def test_draws_with_eos_leave_the_generator_where_transformers_does(pair: Pair) 
 
 
 def test_left_padded_draws_with_repetition_penalty(pair: Pair) -> None:
+    penalty = inspect.signature(transformers.RepetitionPenaltyLogitsProcessor).parameters
+    if "Tensor" not in str(penalty["prompt_ignore_length"].annotation):
+        pytest.skip(f"transformers {transformers.__version__} penalises padding as if it were text")
     ids, mask = left_padded()
     pair.check(
         ids,
