@@ -279,6 +279,8 @@ def test_adapters_on_quantised_layers(wide: Any, method: str, tmp_path: Path) ->
 # Of older versions of transformers, for which such a model is on no device.
 @pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids`:UserWarning")
 @pytest.mark.parametrize("where", ["cpu", "disk"])
+# transformers 5.8 says so of every offloaded model.
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
 def test_offloaded_by_a_device_map(model: Any, where: str, tmp_path: Path) -> None:
     """accelerate brings each weight when its layer is called, from memory or from the disk."""
     from accelerate import cpu_offload, disk_offload
