@@ -22,6 +22,8 @@ from exafuse.ops.registered import library
 from kernel_backends import Backend, emulated
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ["emulated"]  # a fixture
@@ -184,6 +186,42 @@ def test_gradients_of_examples(name: str, module: ModuleType) -> None:
     together = torch.vmap(torch.func.grad(loss(module)))(examples)
     for example, x in zip(together, examples, strict=True):
         close([example], [torch.func.grad(loss(reference))(x)])
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the ops that a profiler or a tracer would see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_modes_see_one_op(name: str, module: ModuleType) -> None:
+    call = CALLS[name]
+    arguments = call.arguments(torch.float32)
+    expected = call.run(reference, cloned(arguments))
+    with Recorder() as recorder:
+        results = call.run(module, arguments)
+    close(results, expected)
+    ours = [op for op in recorder.seen if op.startswith("exafuse.")]
+    assert len(ours) == 1
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_wrapper_subclasses_see_the_op(name: str, module: ModuleType) -> None:
+    """Tensors of two tensors: their class runs the op on each of the two."""
+    call = CALLS[name]
+    first, second = (cloned(call.arguments(torch.float32, seed)) for seed in range(2))
+    pairs = {n: TwoTensor(x, second[n]) for n, x in tensors_of(cloned(first)).items()}
+    results = call.run(module, {**first, **pairs})
+    for part, arguments in (("a", first), ("b", cloned(second))):
+        expected = call.run(reference, cloned(arguments))
+        close([getattr(x, part) for x in results], expected)
 
 
 class Block(nn.Module):

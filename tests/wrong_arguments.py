@@ -57,6 +57,7 @@ def wrong_tensors(
     for dtype in DTYPES:
         if dtype != value.dtype and dtype not in dtypes:
             yield f"{dtype}", value.to(dtype), False
+    yield "a conjugated view", value.to(torch.complex64).conj(), False
     for dim in range(value.dim()):
         for change in (-1, 1) if dim not in free_dims else ():
             shape = list(value.shape)
