@@ -81,6 +81,7 @@ def serving_process(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.
 def address(folder: Path) -> Iterator[str]:
     with serving_process(folder) as (process, url):
         yield url
+        post(url)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=30)
         assert process.returncode == 0, errors

@@ -6,8 +6,10 @@ import argparse
 import importlib.util
 import inspect
 import json
+import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -127,7 +129,17 @@ def _run(serve: Any, folder: Path) -> int:
         serve.kill_server()
     if ended_by_itself:
         raise OSError("serve: the server ended by itself; its log above says why")
+    _leave_to_threads()
     return 0
+
+
+def _leave_to_threads() -> None:
+    """End the process here if a thread may still compute an answer: nothing stops one, and the
+    interpreter's own end would take torch from under it, and abort."""
+    if any(thread.daemon and thread.is_alive() for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(0)
 
 
 @contextmanager
