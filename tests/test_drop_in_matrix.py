@@ -9,6 +9,7 @@ import drop_in_cases
 import exafuse
 import pytest
 import torch
+import transformers
 from exafuse.integrations import transformers as integration
 from kernel_backends import Backend, emulated
 from torch import Tensor
@@ -35,6 +36,16 @@ def model(request: pytest.FixtureRequest) -> Any:
     return build(request.param)
 
 
+def result_of(name: str, model: Any) -> Tensor:
+    """The plain model's; what transformers itself cannot do is skipped."""
+    try:
+        return USES[name](model)
+    except RuntimeError as error:
+        if name != "assisted" or transformers.__version__ != "5.8.0":
+            raise
+        pytest.skip(f"transformers 5.8.0 has no assisted generation for this model: {error}")
+
+
 def same(name: str, ours: Tensor, plain: Tensor) -> None:
     """Logits within their tolerance, tokens exactly."""
     if name in drop_in_cases.GENERATIONS:
@@ -46,7 +57,7 @@ def same(name: str, ours: Tensor, plain: Tensor) -> None:
 @pytest.mark.parametrize("name", USES)
 def test_a_patched_vision_language_model(vision_language: Any, name: str) -> None:
     with torch.no_grad():
-        plain = USES[name](vision_language)
+        plain = result_of(name, vision_language)
         with exafuse.patched(vision_language):
             same(name, USES[name](vision_language), plain)
         assert torch.equal(USES[name](vision_language), plain), "unpatch left something"
@@ -56,7 +67,7 @@ def test_a_patched_vision_language_model(vision_language: Any, name: str) -> Non
 def test_our_attention_in_a_vision_language_model(vision_language: Any, name: str) -> None:
     """Chosen after the model was loaded, and taken back."""
     with torch.no_grad():
-        plain = USES[name](vision_language)
+        plain = result_of(name, vision_language)
         vision_language.set_attn_implementation(integration.register())
         try:
             same(name, USES[name](vision_language), plain)
@@ -72,7 +83,7 @@ def test_patched_models_on_the_kernels(model: Any, name: str, emulated: Backend)
     from kernel_backends import emulator_library
 
     with torch.no_grad():
-        plain = USES[name](model)
+        plain = result_of(name, model)
         emulator = Emulator(emulator_library())
         emulator.clear_launches()
         with exafuse.patched(model, backend="emulated"):
