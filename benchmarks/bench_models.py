@@ -162,7 +162,7 @@ def decode_step(model: Any, ids: Tensor, cache: Any, room: int, graph: bool) -> 
     def call() -> Tensor:
         nonlocal replay, calls
         if graph and calls == 1:
-            replay = graphs.capture(step, None)
+            replay = graphs.capture(step, None, ids.device)
         calls += 1
         (replay or step)()
         cache.count_step()

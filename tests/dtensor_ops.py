@@ -61,6 +61,14 @@ def process(rank: int, file: str) -> None:
                 assert isinstance(mine, DTensor), name
                 assert split == {} or mine.placements != (Replicate(),), name
                 torch.testing.assert_close(mine.full_tensor(), other, rtol=1e-4, atol=1e-4)
+    row, weight = torch.randn(64, generator=torch.Generator().manual_seed(5)), torch.ones(64)
+    part = distribute_tensor(row, mesh, [Shard(0)])  # of a single row there are no rows to split
+    whole_weight = distribute_tensor(weight, mesh, [Replicate()])
+    for mine, other in (
+        (ops.silu_and_mul(part), reference.silu_and_mul(row)),
+        (ops.rms_norm(part, whole_weight, 1e-6), reference.rms_norm(row, weight, 1e-6)),
+    ):
+        torch.testing.assert_close(mine.full_tensor(), other)
     if rank == 0:
         print("all ops", flush=True)
     torch.distributed.destroy_process_group()

@@ -91,7 +91,7 @@ class RecordedGraphs:
         self._backend = backend
 
     def capture(
-        self, step: Callable[[], None], generator: torch.Generator | None
+        self, step: Callable[[], None], generator: torch.Generator | None, device: torch.device
     ) -> Callable[[], None]:
         global _active
         recorder = _active = Recorder()

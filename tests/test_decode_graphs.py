@@ -202,7 +202,7 @@ def test_a_step_that_cannot_be_captured_runs_as_before(
     model = model_of("llama", tmp_path, "reference")
     monkeypatch.setattr(graphs, "device_problem", lambda _: "")
 
-    def refused(step: Any, generator: Any) -> Any:
+    def refused(step: Any, generator: Any, device: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "capture", refused)

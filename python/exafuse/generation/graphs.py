@@ -7,6 +7,7 @@ the kernels depend on the room in the cache alone, which is made for the whole a
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -43,8 +44,10 @@ def device_problem(device: torch.device) -> str:
     return "" if device.type == "cuda" else f"the model is on the {device.type}"
 
 
-def capture(step: Callable[[], None], generator: torch.Generator | None) -> Callable[[], None]:
-    """What ``step`` queues on the current device, as a function that queues it again.
+def capture(
+    step: Callable[[], None], generator: torch.Generator | None, device: torch.device
+) -> Callable[[], None]:
+    """What ``step`` queues on ``device``, as a function that queues it again.
 
     Nothing runs yet. ``step`` must have run once before, because libraries set themselves up at
     their first call.
@@ -52,6 +55,7 @@ def capture(step: Callable[[], None], generator: torch.Generator | None) -> Call
     Args:
         step: takes and returns nothing; works on tensors that it finds at the same place each time.
         generator: that it draws from, besides torch's global one.
+        device: of the tensors, whichever is the current one.
 
     Raises:
         RuntimeError: something in it waits for the device, or allocates outside torch.
@@ -60,10 +64,18 @@ def capture(step: Callable[[], None], generator: torch.Generator | None) -> Call
     if generator is not None:
         graph.register_generator_state(generator)
     # Other threads may allocate meanwhile: what they do is no concern of this capture.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    stream = _stream(device)
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         step()
     replay: Callable[[], None] = graph.replay
     return replay
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """To capture on. torch's own belongs to the device that was current at the first capture of
+    the process: on another device nothing would be captured, and replays would do nothing."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class GraphStep:
@@ -90,7 +102,8 @@ class GraphStep:
         """One token of every row; ``text`` is not looked at."""
         if self._calls == 1:
             try:
-                self._replay = capture(self._step, self._call.draw.generator)
+                device = self._call.model.device
+                self._replay = capture(self._step, self._call.draw.generator, device)
             except RuntimeError as error:
                 say_once(f"the step cannot be captured: {error}")
         self._calls += 1

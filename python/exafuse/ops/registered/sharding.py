@@ -69,7 +69,9 @@ def _layouts(name: str, *args: Any, **kwargs: Any) -> list[tuple[list[Any], list
 
     layouts = [layout({}, [Replicate()] * len(results))]
     by_kind = {"r": Shard(0), "w": Partial()}
-    layouts.append(layout(dict.fromkeys(rows, 0), [by_kind[kind] for kind in results]))
+    # The one dimension of a single row is no dimension of rows.
+    if next(spec for argument, spec in given if argument in rows).ndim > 1:
+        layouts.append(layout(dict.fromkeys(rows, 0), [by_kind[kind] for kind in results]))
     if name.startswith("flash_attn"):
         split = {**dict.fromkeys(rows, 2), "lse": 1}
         backward = name.endswith("backward")
