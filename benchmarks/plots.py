@@ -105,6 +105,9 @@ def _about(result: Result) -> str:
     if machine.get("driver"):
         parts.append(f"driver {machine['driver']}")
     parts += [f"torch {machine['torch']}", result.dtype, f"exafuse {result.exafuse}"]
+    # Without kernels our bars are plain PyTorch, and say so as the printed rows do.
+    paths = sorted({row.path for row in result.rows if row.path})
+    parts[-1] += f" [{', '.join(paths)}]" if paths else ""
     if result.commit:
         parts.append(result.commit)
     parts.append(result.date[:10])

@@ -231,6 +231,10 @@ def test_other_refusals() -> None:
     model = ScriptedModel([[1]])
     with pytest.raises(TypeError, match="unexpected 'num_beams', 'pixel_values'"):
         model.generate([1], num_beams=4, pixel_values=torch.ones(1))
+    with pytest.raises(TypeError, match=r"no beams here: .* exafuse.patch\(model\)"):
+        model.generate([1], num_beams=4)
+    with pytest.raises(TypeError, match=r"'max_new_token' \(did you mean max_new_tokens\?\)"):
+        model.generate([1], max_new_token=4)
     with pytest.raises(TypeError, match="unexpected 'pixel_values'"):
         model.generate({"input_ids": [1], "pixel_values": torch.ones(1)})
     with pytest.raises(TypeError, match="attention_mask: given twice"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,23 @@ def test_two_models_of_a_class_do_not_share_a_patch(model: Any) -> None:
         exafuse.unpatch(twin)
         assert torch.equal(drop_in_cases.logits(twin), plain)
         assert not torch.equal(drop_in_cases.logits(model), plain)
+
+
+def test_a_patched_model_is_not_pickled(model: Any) -> None:
+    """pickle would keep the marks of a patch and lose the forwards."""
+    with exafuse.patched(model), pytest.raises(pickle.PicklingError, match=r"exafuse\.unpatch"):
+        pickle.dumps(model)
+    assert torch.equal(
+        drop_in_cases.logits(pickle.loads(pickle.dumps(model))), drop_in_cases.logits(model)
+    )
+
+
+def test_our_own_graph_needs_no_patch() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    own = exafuse.from_config({"model_type": "llama", **sizes}, dtype="float32", device="cpu")
+    with pytest.raises(ValueError, match="exafuse's own CausalLM, which runs on the kernels"):
+        exafuse.patch(own)
 
 
 def test_saved_files_are_those_of_the_model(model: Any, tmp_path: Path) -> None:

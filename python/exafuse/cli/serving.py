@@ -208,4 +208,6 @@ def _check_address(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        raise OSError(f"serve: cannot listen on {host}, port {port}: {error}") from error
+        raise OSError(
+            f"serve: cannot listen on {host}, port {port}: {error}; --port 0 takes a free one"
+        ) from error

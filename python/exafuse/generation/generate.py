@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any
 
@@ -185,7 +187,7 @@ def _media(
         if "pad_token_id" in values:
             hint = ' (pass generation_config={"pad_token_id": ...})'
         names = ", ".join(map(repr, sorted(values)))
-        raise TypeError(f"generate: unexpected {names}{hint}")
+        raise TypeError(f"generate: unexpected {names}{hint or _hint(values)}")
     return media
 
 
@@ -202,3 +204,12 @@ def _callables(name: str, items: Any) -> tuple[Any, ...]:
     if not isinstance(items, Sequence) or not all(callable(item) for item in items):
         raise TypeError(f"{name}: expected a list of callables, got {type(items).__name__}")
     return tuple(items)
+
+
+def _hint(names: Iterable[str]) -> str:
+    """What may have been meant by keywords that are none of ours."""
+    if any("beam" in name for name in names):
+        return " (no beams here: a transformers model after exafuse.patch(model) has them)"
+    known = inspect.signature(generate).parameters
+    near = {match for name in names for match in difflib.get_close_matches(name, known, n=1)}
+    return f" (did you mean {', '.join(sorted(near))}?)" if near else ""

@@ -8,11 +8,12 @@ offloading hooks and tensor-parallel plans go on working; :func:`unpatch` gives 
 from __future__ import annotations
 
 import functools
+import pickle
 import types
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
@@ -70,9 +71,14 @@ def patch(model: Model, backend: str = "auto") -> Model:
         raise ValueError("model: is patched already; call exafuse.unpatch(model) first")
     register()
     if not replace_forwards(model, resolve_backend(backend)):
+        ours = type(model).__module__.startswith("exafuse.")
         raise ValueError(
-            f"model: expected a transformers model of Llama, Qwen2, EXAONE 4 or EXAONE 4.5, got "
-            f"{type(model).__name__} without any of their layers"
+            "model: expected a transformers model of Llama, Qwen2, EXAONE 4 or EXAONE 4.5, got "
+            + (
+                f"exafuse's own {type(model).__name__}, which runs on the kernels as it is"
+                if ours
+                else f"{type(model).__name__} without any of their layers"
+            )
         )
     use_our_attention(model)
     return model
@@ -168,6 +174,13 @@ class _Absent:
 
     def __deepcopy__(self, memo: object) -> _Absent:
         return self
+
+    def __reduce__(self) -> NoReturn:
+        # pickle would store the names of our forwards, and find transformers' own behind them.
+        raise pickle.PicklingError(
+            "a patched model cannot be pickled; save its state_dict(), use save_pretrained, or "
+            "call exafuse.unpatch(model) first and exafuse.patch(model) where it is loaded"
+        )
 
 
 _ABSENT = _Absent()
