@@ -116,6 +116,13 @@ def plain_answer(folder: Path, messages: list[dict[str, str]], **options: Any) -
     return tokenizer.decode(ids[0, length:], skip_special_tokens=True), length
 
 
+def test_the_list_of_models_is_the_one_that_answers(folder: Path, address: str) -> None:
+    with urllib.request.urlopen(f"{address}/v1/models", timeout=60) as response:
+        models = json.load(response)["data"]
+    assert [model["id"] for model in models] == [str(folder)]
+    assert post(address, model=models[0]["id"])["choices"]
+
+
 def test_a_chat_completion_says_what_transformers_says(folder: Path, address: str) -> None:
     reply = post(address, model=str(folder))
     expected, length = plain_answer(folder, MESSAGES)

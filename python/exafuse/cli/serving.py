@@ -103,6 +103,10 @@ def _start(folder: Path, arguments: argparse.Namespace) -> Any:
         def start_server(self) -> None:
             for loaded in self._model_manager.loaded_models.values():
                 add_response_template(loaded.processor, loaded.model.config.model_type)
+            # Its own list is that of the Hub's cache, and an error where there is none.
+            entry = {"id": str(folder), "object": "model", "created": int(time.time())}
+            models = [{**entry, "owned_by": ""}]
+            self._model_manager.get_gen_models = lambda: models
             routes = self.server.config.app.router.routes
             routes[:] = [route for route in routes if route.path in _ROUTES]
             super().start_server()
