@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_tokenizers
 import torch
+import transformers
 from exafuse.generation.generate import GenerationConfig
 from exafuse.generation.stopping import CUT_CHARACTER, StopStrings, verdict
 from generation_pair import Pair, prompt
@@ -62,6 +63,9 @@ def random_ids(tokenizer: PreTrainedTokenizerFast, generator: torch.Generator) -
 
 def test_stop_strings_stop_where_transformers_does(tokenizer: PreTrainedTokenizerFast) -> None:
     """Token by token over random texts; the first 5 ids are the prompt's."""
+    if not hasattr(StopStringCriteria, "_get_stop_string_matching_mode"):
+        version = transformers.__version__
+        pytest.skip(f"transformers {version} overlooks stop strings in bytes of several tokens")
     generator = torch.Generator().manual_seed(0)
     rows = [random_ids(tokenizer, generator) for _ in range(6)]
     hits = 0
