@@ -14,6 +14,7 @@ from typing import Any
 
 import chat_tokenizers
 import pytest
+import transformers
 from exafuse import TemplateError
 from exafuse.text.chat import encode_chat, load_processor
 
@@ -266,7 +267,13 @@ def test_files_outside_the_folder_are_not_used(tmp_path: Path) -> None:
     paths = {"tokenizer_file": str(other / JSON), "vocab_file": str(other / JSON)}
     paths["special_tokens_map_file"] = "/nowhere/special_tokens_map.json"
     edit(CONFIG, lambda value: value.update(paths))(folder)
-    assert "<|im_end|>" not in load_processor(folder).get_vocab()
+    try:
+        processor = load_processor(folder)
+    except TemplateError as error:
+        if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):
+            raise
+        pytest.skip(f"transformers {transformers.__version__} reads them, and we refuse: {error}")
+    assert "<|im_end|>" not in processor.get_vocab()
 
 
 def test_only_the_model_type_of_config_json_reaches_transformers(tmp_path: Path) -> None:

@@ -113,8 +113,9 @@ def test_repetition_penalty_spares_left_padding() -> None:
     scores = random_scores(2)
     chain = ScoreChain(SamplingParams(repetition_penalty=3.0), ids, mask, VOCAB)
     got = chain.scores(scores, ids)
-    expected = RepetitionPenaltyLogitsProcessor(3.0, prompt_ignore_length=torch.tensor([3, 0]))
-    assert torch.equal(got, expected(ids, scores))
+    for row, padding in enumerate((3, 0)):
+        theirs = RepetitionPenaltyLogitsProcessor(3.0, prompt_ignore_length=padding)
+        assert torch.equal(got[row], theirs(ids[row : row + 1], scores[row : row + 1])[0])
     assert got[0, 7] == scores[0, 7], "the pad id must not be penalised"
     assert got[0, 3] != scores[0, 3]
 
