@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from exafuse.ops import front_door
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -95,13 +96,15 @@ class RecordedGraphs:
     ) -> Callable[[], None]:
         global _active
         recorder = _active = Recorder()
-        extension = self._backend._extension
+        extension, watchers = self._backend._extension, front_door._watchers
         self._backend._extension = recorder.watched(extension)
+        front_door._watchers = lambda: 0  # a capture is no mode: ops go to the kernels directly
         try:
             with recorder:
                 step()
         finally:
             _active, self._backend._extension = None, extension
+            front_door._watchers = watchers
         self.captures += 1
         first = True
 

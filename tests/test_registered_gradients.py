@@ -176,3 +176,17 @@ def test_compiled_gradients_are_those_of_eager_mode(kernels: Counted) -> None:
         for a, b in zip(mine, theirs, strict=True):
             assert float((a - b).norm()) <= 2e-6 * float(b.norm())
     assert len(kernels.calls) == 3 * 2 * 3
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_rows_have_gradients_too(op: str, kernels: Counted) -> None:
+    """What a sum hands back for them is expanded, and contiguous whatever its strides."""
+    rows = [torch.empty(0, 64, requires_grad=True) for _ in range(1 + (op != "rms_norm"))]
+    weight = torch.ones(64, requires_grad=True)
+    results = getattr(registered, op)(*rows, weight, EPS)
+    results = (results,) if isinstance(results, Tensor) else results
+    sum(x.sum() for x in results).backward()
+    assert weight.grad is not None
+    assert weight.grad.eq(0).all()
+    assert all(x.grad is not None and x.grad.shape == (0, 64) for x in rows)
+    assert kernels.calls

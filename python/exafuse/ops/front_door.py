@@ -101,7 +101,8 @@ def with_rows(grad: Tensor) -> Tensor:
     Autograd hands over whatever came: the gradient of a sum is one number, expanded.
     """
     mergeable = grad.dim() <= 5 and (grad.dim() == 0 or grad.stride(-1) == 1)
-    return grad if mergeable else grad.contiguous()
+    # Not contiguous(): nothing is contiguous already, with any strides.
+    return grad if mergeable else grad.clone(memory_format=torch.contiguous_format)
 
 
 class FrontDoor:
