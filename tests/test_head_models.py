@@ -93,10 +93,10 @@ def test_a_span_in_a_padded_batch_is_sought_in_all_columns(tmp_path: Path) -> No
 def test_int32_labels_are_labels(tmp_path: Path) -> None:
     """transformers takes int64 alone."""
     batch = cases.inputs()
-    for kind in ("sequence_classification", "token_classification"):
+    for kind in ("causal_lm", "sequence_classification", "token_classification"):
         _, ours = cases.pair("llama", kind, tmp_path / kind)
         labels = torch.tensor([2, 0, 1, 1])
-        if kind == "token_classification":
+        if kind != "sequence_classification":
             labels = batch["input_ids"] % 3
         a, b = (ours(**batch, labels=x).loss for x in (labels, labels.int()))
         assert torch.equal(a, b)

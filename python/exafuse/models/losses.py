@@ -40,7 +40,7 @@ def causal_lm_loss(
             f"labels: expected {tuple(logits.shape[:2])} (keep all logits), "
             f"got {tuple(labels.shape)}"
         )
-    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten().to(logits.device)
+    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten().long().to(logits.device)
     return _cross_entropy(logits.float().flatten(0, 1), targets, num_items_in_batch)
 
 
