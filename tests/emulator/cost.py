@@ -158,6 +158,7 @@ def main() -> int:
     if library is None:
         from emulator import build
 
+        print("bringing the emulated kernels up to date", file=sys.stderr, flush=True)
         build.build("plain", jobs=1, target="_C_emulated")
         library = build.library("plain")
     os.environ["EXAFUSE_EMULATED_LIB"] = str(library)
