@@ -208,6 +208,38 @@ def test_what_transformers_would_run_or_follow_is_refused(
     assert re.search(words, error), error
 
 
+@pytest.mark.parametrize("kind", ["image_url", "video_url", "input_image"])
+@pytest.mark.parametrize(
+    ("url", "answered"),
+    [
+        ("data:image/png;base64,iVBORw0KGgo=", True),
+        ("/etc/passwd", False),
+        ("file:///etc/passwd", False),
+        ("http://169.254.169.254/", False),
+        ("iVBORw0KGgo=", False),  # could be a path
+    ],
+)
+def test_a_request_cannot_have_files_opened(kind: str, url: str, answered: bool) -> None:
+    from fastapi import HTTPException
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.utils import Modality
+
+    handler = ChatCompletionHandler.__new__(ChatCompletionHandler)
+    part = {"type": kind, kind.replace("input_image", "image_url"): {"url": url}}
+    text = {"role": "user", "content": "hello"}
+    messages = [text, {"role": "user", "content": [{"type": "text", "text": "what?"}, part]}]
+    expected = handler.get_processor_inputs_from_messages(messages, Modality.VLM)
+    assert expected[1]["content"][1]["url"] == url, "transformers hands it on as it is"
+    serving._refuse_media_urls(handler)
+    if answered:
+        assert handler.get_processor_inputs_from_messages(messages, Modality.VLM) == expected
+    else:
+        with pytest.raises(HTTPException, match="as a data: URL") as caught:
+            handler.get_processor_inputs_from_messages(messages, Modality.VLM)
+        assert caught.value.status_code == 400
+    assert handler.get_processor_inputs_from_messages([text], Modality.LLM)
+
+
 @pytest.mark.slow
 def test_it_ends_at_an_interrupt_while_it_answers(folder: Path) -> None:
     """Thinking on, and an answer under way that nobody waits for."""

@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,12 @@ def _serve(parser: argparse.ArgumentParser) -> Run:
     add("--thinking", action=argparse.BooleanOptionalAction, help="for models that can think")
     add("--seed", type=int, metavar="N", help="of what is drawn")
     add("--cors", action="store_true", help="let web pages of any origin ask")
+    add(
+        "--media-urls",
+        action="store_true",
+        help="open pictures and videos that a request names by address or by path on this machine "
+        "(default: only those within the request, as data: URLs)",
+    )
     add("--log-level", choices=_LOG_LEVELS, default="warning", help="default: warning")
 
     def run(arguments: argparse.Namespace) -> int:
@@ -107,11 +113,41 @@ def _start(folder: Path, arguments: argparse.Namespace) -> Any:
             entry = {"id": str(folder), "object": "model", "created": int(time.time())}
             models = [{**entry, "owned_by": ""}]
             self._model_manager.get_gen_models = lambda: models
+            if not arguments.media_urls:
+                _refuse_media_urls(self._chat_handler, self._response_handler)
             routes = self.server.config.app.router.routes
             routes[:] = [route for route in routes if route.path in _ROUTES]
             super().start_server()
 
     return PinnedServe(**options)
+
+
+def _refuse_media_urls(*handlers: Any) -> None:
+    """Answer 400 to requests that name a picture or video instead of enclosing it.
+
+    transformers would open any address, and any file that this process may read.
+    """
+    from fastapi import HTTPException
+
+    def enclosed(convert: Callable[..., Any]) -> Callable[..., Any]:
+        def converted(*arguments: Any, **options: Any) -> Any:
+            messages = convert(*arguments, **options)
+            contents = [message["content"] for message in messages]
+            parts = [part for content in contents if isinstance(content, list) for part in content]
+            for part in parts:
+                if "url" in part and not str(part["url"]).startswith("data:"):
+                    raise HTTPException(
+                        400,
+                        f"{part['type']}: expected it in the request, as a data: URL; the server "
+                        "opens addresses and files with --media-urls only",
+                    )
+            return messages
+
+        return converted
+
+    for handler in handlers:
+        convert = handler.get_processor_inputs_from_messages
+        handler.get_processor_inputs_from_messages = enclosed(convert)
 
 
 def _run(serve: Any, folder: Path) -> int:
