@@ -379,3 +379,17 @@ def test_generation_over_a_transformers_model(family: str, tmp_path: Path) -> No
     ]
     assert torch.equal(results[0], expected[0])
     assert torch.equal(results[1][:, 11:], expected[1][:, 11:])
+
+
+def test_an_answer_beyond_the_window_ends_at_its_eos(tmp_path: Path) -> None:
+    """The step that was queued too much cannot be taken back from transformers' sliding cache."""
+    model = drop_in_cases.build("exaone4")
+    model.save_pretrained(tmp_path)
+    config = load_config(tmp_path)
+    wrapped = PatchedModel(exafuse.patch(model), config, GenerationConfig.from_model_config(config))
+    ids = drop_in_cases.prompts(model)[:1]
+    free = wrapped.generate(ids, max_new_tokens=40, eos_token_id=None)
+    options = {"max_new_tokens": 60, "eos_token_id": int(free[0, -1])}
+    out = wrapped.generate(ids, return_dict_in_generate=True, **options)
+    assert torch.equal(out.sequences, wrapped.generate(ids, **options))
+    assert out.past_key_values is None

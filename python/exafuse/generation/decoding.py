@@ -98,7 +98,7 @@ def decode(call: Call) -> GenerateOutput:
     if pad_id is not None:
         for row, new in check.ended_after.items():
             sequences[row, columns + new :] = pad_id
-    return GenerateOutput(sequences, all_scores, cache)
+    return GenerateOutput(sequences, all_scores, cache if call.keep_cache else None)
 
 
 def _make_step(call: Call, cache: Any, choice: Choice) -> Callable[[Tensor], None]:

@@ -153,7 +153,7 @@ def generate(
             streamer=streamer,
             tokenizer=tokenizer,
             draw=TokenDraw(seed, model.device),
-            keep_cache=return_dict_in_generate,
+            keep_cache=return_dict_in_generate and getattr(model, "keeps_cache", True),
             keep_scores=return_dict_in_generate and output_scores,
             progress=progress,
             media=media,

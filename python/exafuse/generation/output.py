@@ -47,7 +47,8 @@ class GenerateOutput:
         sequences: int64 ``[batch, prompt + new]``.
         scores: with ``output_scores``, final fp32 scores ``[batch, vocab_size]`` of each new token.
             With drafts, those of a row that has ended are 0.
-        past_key_values: the cache; it holds all tokens but the last, which was never fed.
+        past_key_values: the cache; it holds all tokens but the last, which was never fed. None from
+            a model that transformers runs.
             With drafts, it holds no token of a row after its end.
         draft_stats: of a call with ``draft``, else None.
     """

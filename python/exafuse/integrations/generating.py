@@ -20,6 +20,8 @@ class PatchedModel:
         config, generation_config: ours, of the same checkpoint.
     """
 
+    keeps_cache = False  # transformers' sliding caches cannot go back by a token
+
     def __init__(
         self, model: Any, config: ModelConfig, generation_config: GenerationConfig
     ) -> None:
@@ -36,7 +38,7 @@ class PatchedModel:
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Continue prompts; see :func:`exafuse.generation.generate.generate`, but for ``draft`` and
-        ``cuda_graph``, which need a graph of our own.
+        ``cuda_graph``, which need a graph of our own. A GenerateOutput has no cache.
 
         Raises:
             ValueError: one of these is asked for.

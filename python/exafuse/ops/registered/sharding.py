@@ -25,7 +25,7 @@ _ROWS: dict[str, tuple[tuple[str, ...], str]] = {
     "add_rms_norm_backward": (("grad", "grad_residual", "new_residual"), "rw"),
     "silu_and_mul_backward": (("grad", "gate", "up"), "rr"),
     "qk_norm_rope_backward": (
-        ("grad_q", "grad_k", "grad_v", "q", "k", "v", "positions"),
+        ("grad_q", "grad_k", "grad_v", "q", "k", "positions"),
         "rrww",
     ),
     "flash_attn_backward": (("grad", "q", "k", "v", "out", "lse"), "rrr"),
