@@ -3,7 +3,7 @@
     python tests/lint_sources.py
 
 * CUDA syntax that g++ cannot read stays where the emulator replaces it: `<<<` and the architecture
-  macro in csrc/common/launch.h and csrc/common/ptx.cuh, inline assembly in ptx.cuh alone.
+  macro in csrc/common/launch.h and csrc/common/ptx*.cuh, inline assembly in ptx*.cuh alone.
 * No unfinished work, no path of somebody's machine, in any text.
 """
 
@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
-CUDA_SYNTAX_HOMES = ("csrc/common/launch.h", "csrc/common/ptx.cuh")
-ASM_HOME = "csrc/common/ptx.cuh"
+ASM_HOMES = tuple(f"csrc/common/ptx{part}.cuh" for part in ("", "_sm90", "_wgmma"))
+CUDA_SYNTAX_HOMES = ("csrc/common/launch.h", *ASM_HOMES)
 
 
 class Rule(NamedTuple):
@@ -73,7 +73,7 @@ def rules_for(name: str) -> list[Rule]:
     if not name.startswith("csrc/") or not name.endswith(SOURCE_SUFFIXES):
         return []
     rules = [] if name in CUDA_SYNTAX_HOMES else [LAUNCH, ARCH_MACRO]
-    return rules if name == ASM_HOME else [*rules, ASM]
+    return rules if name in ASM_HOMES else [*rules, ASM]
 
 
 def findings(root: Path) -> Iterator[str]:
