@@ -13,6 +13,12 @@
 
 namespace exafuse {
 
+inline const DeviceProperties& current_device() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  return device_properties(device);
+}
+
 // A member of a kernel's parameters, which must be __grid_constant__: the copy engine reads it
 // there.
 struct TensorMap {

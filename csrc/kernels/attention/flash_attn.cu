@@ -13,7 +13,7 @@ void run_attention(const AttentionCall& call) {
   const AttentionParams params = check_attention_call(call);
   if (call.out.numel() == 0 || params.batch == 0 || params.seqlen_q == 0) return;
   const DeviceGuard guard(call.q.device);
-  launch_prefill(params, call.q.stream());
+  launch_prefill(params, false, call.q.stream());
 }
 
 }  // namespace

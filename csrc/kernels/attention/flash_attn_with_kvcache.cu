@@ -90,7 +90,7 @@ void flash_attn_with_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, std::opti
   if (params.seqlen_q <= kMaxDecodeQueries) {
     launch_decode(params, given, stream);
   } else {
-    launch_prefill(params, stream);
+    launch_prefill(params, true, stream);
   }
 }
 

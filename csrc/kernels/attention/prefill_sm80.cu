@@ -21,6 +21,7 @@
 #include "common/shared_tile.cuh"
 #include "common/softmax.cuh"
 #include "common/vec.cuh"
+#include "kernels/attention/key_tiles.cuh"
 #include "kernels/attention/params.h"
 #include "kernels/attention/prefill_sm80.h"
 #include "kernels/attention/prefill_warp.cuh"
@@ -32,25 +33,6 @@ namespace {
 static_assert(kKeyTile % kPrefillTileKeys == 0);
 
 // --- kernel -------------------------------------------------------------------------------------
-
-// Numbers of tiles of keys, each from begin to before end.
-struct TileRange {
-  int begin = 0;
-  int end = 0;
-
-  __device__ __forceinline__ bool contains(int tile) const { return tile >= begin && tile < end; }
-};
-
-// Of all queries between two, whose ranges of keys are given: the tiles that any of them sees a key
-// of, and the tiles of which each sees every key.
-__device__ __forceinline__ TileRange tiles_of_any(const KeyRange& first, const KeyRange& last) {
-  if (last.end <= first.begin) return {0, 0};
-  return {first.begin / kPrefillTileKeys, (last.end - 1) / kPrefillTileKeys + 1};
-}
-__device__ __forceinline__ TileRange tiles_of_all(const KeyRange& first, const KeyRange& last) {
-  return {last.begin / kPrefillTileKeys + (last.begin % kPrefillTileKeys != 0 ? 1 : 0),
-          first.end / kPrefillTileKeys};
-}
 
 struct WarpTiles {
   TileRange active;  // some query of the warp sees a key
@@ -138,8 +120,8 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
     const KeyRange first = seen_by(first_row);
     const KeyRange last = seen_by(first_row + kPrefillWarpQueries - 1);
     shared.warps[tid / ptx::kWarpSize] = {
-        first_row < num_queries ? tiles_of_any(first, last) : TileRange{},
-        tiles_of_all(first, last)};
+        first_row < num_queries ? tiles_of_any<kPrefillTileKeys>(first, last) : TileRange{},
+        tiles_of_all<kPrefillTileKeys>(first, last)};
   }
   if (tid == 0) {
     const KeyRange first = seen_by(0);
@@ -147,8 +129,8 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
     block = {.existing = sequence.keys(),
              .seen = {first.begin, last.end},
              .position = int64_t{sequence.keys().end} - sequence.seqlen_q() + first_query,
-             .active = tiles_of_any(first, last),
-             .whole = tiles_of_all(first, last),
+             .active = tiles_of_any<kPrefillTileKeys>(first, last),
+             .whole = tiles_of_all<kPrefillTileKeys>(first, last),
              .index = index,
              .kv_head = head / p.gqa_group_size,
              .num_queries = num_queries,

@@ -181,7 +181,7 @@ void vision_attn(Tensor qkv, Count num_heads, Count num_kv_heads, Tensor cos, Te
   }
   const bool wide = params.wide && is_aligned(*workspace, 16);
   launch_vision_rope(params, workspace->data, wide, stream);
-  launch_prefill(frame_attention(params, workspace->data, wide), stream);
+  launch_prefill(frame_attention(params, workspace->data, wide), false, stream);
 }
 
 int64_t vision_attn_workspace(int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads,
