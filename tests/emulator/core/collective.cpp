@@ -203,11 +203,29 @@ void count(Collective operation, const void* lane_data) {
 }  // namespace
 
 const char* name_of(Collective operation) {
-  static constexpr const char* kNames[] = {
-      "shfl",       "shfl_up",        "shfl_down",       "shfl_xor",     "any",
-      "all",        "ballot",         "match_any",       "reduce_add",   "reduce_min",
-      "reduce_min", "reduce_max",     "reduce_max",      "ldmatrix",     "ldmatrix_trans",
-      "stmatrix",   "stmatrix_trans", "movmatrix_trans", "mma_m16n8k16", "mma_m16n8k16"};
+  static constexpr const char* kNames[] = {"shfl",
+                                           "shfl_up",
+                                           "shfl_down",
+                                           "shfl_xor",
+                                           "any",
+                                           "all",
+                                           "ballot",
+                                           "match_any",
+                                           "elect_one",
+                                           "setmaxnreg",
+                                           "wgmma_wait",
+                                           "reduce_add",
+                                           "reduce_min",
+                                           "reduce_min",
+                                           "reduce_max",
+                                           "reduce_max",
+                                           "ldmatrix",
+                                           "ldmatrix_trans",
+                                           "stmatrix",
+                                           "stmatrix_trans",
+                                           "movmatrix_trans",
+                                           "mma_m16n8k16",
+                                           "mma_m16n8k16"};
   return kNames[static_cast<int>(operation)];
 }
 
@@ -216,6 +234,8 @@ void complete_collective(Collective operation, uint32_t mask, void* const* data)
     complete_shuffle(operation, mask, data);
   } else if (operation <= Collective::kMatchAny) {
     complete_vote(operation, mask, data);
+  } else if (operation <= Collective::kWgmmaWait) {
+    // Nothing to exchange: that all lanes have come is enough.
   } else if (operation <= Collective::kReduceMaxUnsigned) {
     complete_reduction(operation, mask, data);
   } else if (operation <= Collective::kMovmatrixTrans) {

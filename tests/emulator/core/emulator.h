@@ -40,6 +40,9 @@ enum class Collective : uint8_t {
   kAll,
   kBallot,
   kMatchAny,
+  kElect,
+  kSetmaxnreg,
+  kWgmmaWait,
   kReduceAdd,
   kReduceMinSigned,
   kReduceMinUnsigned,
@@ -112,6 +115,68 @@ void start_copy(const Copy& copy);
 void commit_copies();
 // Takes out one copy that must have landed when at most `pending` groups remain in flight.
 bool next_landing(unsigned pending, Copy* copy);
+
+// --- sm_90: barriers in shared memory, the asynchronous proxy, copies of boxes, wgmma ------------
+
+// Shared memory that a thread reads, or stores to, by address: checked against copies in flight.
+// What is stored is known to the asynchronous proxy only after the thread's fence_proxy_async.
+const void* shared_load(uint32_t address, int bytes, const Site& site);
+void* shared_store(uint32_t address, int bytes, const Site& site);
+void fence_proxy_async(const Site& site);
+
+bool elect_one(const Site& site);
+void set_max_registers(int registers, bool increase, const Site& site);
+
+void mbarrier_init(uint32_t address, int count, const Site& site);
+void fence_mbarrier_init(const Site& site);
+void mbarrier_arrive(uint32_t address, const Site& site);
+void mbarrier_arrive_expect_tx(uint32_t address, int bytes, const Site& site);
+void mbarrier_wait(uint32_t address, uint32_t parity, const Site& site);
+
+// A box of a tensor in global memory beside its rows of 128 bytes in shared memory, and what of it
+// lies inside the tensor: bytes first_byte to end_byte of rows first_row to end_row.
+struct Box {
+  uint32_t smem = 0;
+  int rows = 0;
+  int first_row = 0, end_row = 0;
+  int first_byte = 0, end_byte = 0;
+  char* global = nullptr;  // of the first byte inside
+  int64_t row_bytes = 0;   // from one row to the next in global memory
+
+  int inside_bytes() const { return (end_row - first_row) * (end_byte - first_byte); }
+};
+inline constexpr int kBoxRowBytes = 128;
+
+// Alone what the kernels' side and the core must do alike: a digest of words, as 64 bits each.
+constexpr uint64_t add_to_digest(uint64_t digest, uint64_t word) {
+  return (digest ^ word) * 0x9E3779B97F4A7C15u;
+}
+
+// Before a thread reads or writes what lies inside.
+void check_box(const Box& box, const char* what, const Site& site);
+// `digest`: of the bytes inside as the thread has found them. They must be the same when the load
+// lands, by default when a thread waits for the barrier and no other thread can run.
+void start_load(const Box& box, uint32_t barrier, uint64_t digest, const Site& site);
+void start_store(const Box& box, const Site& site);
+void commit_stores();
+// Takes out one store of this thread that must have been read when at most `pending` groups remain.
+bool next_store(unsigned pending, Box* box, const Site& site);
+
+// d = a b, or d += a b: m64nNk16 of a warpgroup, as one lane sees it.
+struct WgmmaCall {
+  float* d = nullptr;  // [columns / 2]
+  int columns = 0;
+  const uint32_t* a = nullptr;  // [4], or nullptr: a_descriptor
+  uint64_t a_descriptor = 0, b_descriptor = 0;
+  bool b_depth_by_row = false;
+  bool accumulate = false;
+  bool is_bf16 = false;
+};
+void wgmma_fence(const Site& site);
+void wgmma_issue(const WgmmaCall& call, const Site& site);
+void wgmma_commit(const Site& site);
+// `registers`: accumulators and operands in registers (each [4]) that the thread has again.
+void wgmma_wait(int pending, const void* const* registers, int count, const Site& site);
 
 // Approximate functions: the exact value, moved by up to the documented error of the instruction.
 float approximate_exp2(float x, bool flush);

@@ -17,8 +17,6 @@ namespace {
 constexpr int kFill = 0xFF;  // NaN as bf16, fp16 and fp32
 // Keeps what the kernel knows of an address modulo 1024, which is all that swizzles look at.
 constexpr uint32_t kGap = 1024;
-// The first address is not 0, so that a forgotten address is none.
-constexpr uint32_t kBase = 1024;
 
 constexpr int kMaxCopies = 256;  // of one thread in flight
 Copy copies[kMaxThreads][kMaxCopies];
@@ -64,6 +62,7 @@ const SharedArray* find_array(uint32_t offset, int bytes, bool at_end) {
 
 void reset_shared_memory() {
   block.num_arrays = 0;
+  reset_proxy();
   if (launch.request->smem_bytes == 0) return;
   // An upper bound: every array may need a gap and a partial gap around it.
   const size_t bytes = round_up(launch.request->smem_bytes, kGap) + 3 * kGap * kMaxSharedArrays;
@@ -146,17 +145,22 @@ uint32_t shared_address(const void* pointer, const Site& site) {
   if (!inside || find_array(offset, 0, true) == nullptr) {
     fail("smem_addr() of a pointer that is not into a shared array", site);
   }
-  return offset + kBase;
+  return offset + kSharedBase;
 }
 
 void* shared_pointer(uint32_t address, int bytes, const Site& site) {
-  const uint32_t offset = address - kBase;
+  const char* memory = shared_bytes_at(address, bytes, site);
+  if (address % bytes != 0) {
+    fail(format("shared address 0x%x is not aligned to %d bytes", address, bytes), site);
+  }
+  return const_cast<char*>(memory);
+}
+
+const char* shared_bytes_at(uint32_t address, int bytes, const Site& site) {
+  const uint32_t offset = address - kSharedBase;
   if (find_array(offset, bytes, false) == nullptr) {
     fail(format("%d bytes at shared address 0x%x lie outside every shared array", bytes, address),
          site);
-  }
-  if (address % bytes != 0) {
-    fail(format("shared address 0x%x is not aligned to %d bytes", address, bytes), site);
   }
   return block.shared + offset;
 }

@@ -16,6 +16,8 @@ inline constexpr int kMaxWarps = 32;
 inline constexpr int kMaxThreads = kWarpSize * kMaxWarps;
 inline constexpr int kMaxNamedBarriers = 16;
 inline constexpr int kMaxSharedArrays = 64;
+// The first shared address is not 0, so that a forgotten address is none.
+inline constexpr uint32_t kSharedBase = 1024;
 
 // --- fibers (fiber.cpp) -------------------------------------------------------------------------
 
@@ -63,6 +65,9 @@ struct Thread {
   int first_copy = 0;
   int num_copies = 0;
   unsigned commits = 0;
+  // Of the asynchronous proxy (proxy.cpp, tma.cpp).
+  uint32_t fences = 0;
+  unsigned store_commits = 0;
 };
 
 struct Warp {
@@ -144,7 +149,29 @@ void check_collectives_at_exit(const Thread& thread);
 void complete_collective(Collective operation, uint32_t mask, void* const* data);
 void complete_matrix(Collective operation, void* const* data);
 void complete_mma(Collective operation, void* const* data);
+// Of all 32 lanes of the running thread's warp, each with its own data (wgmma.cpp).
+void complete_wgmma_wait(void* const* data);
 const char* name_of(Collective operation);
+
+// --- the asynchronous proxy (proxy.cpp)
+// -----------------------------------------------------------
+
+// The next moment of asynchronous time.
+uint64_t tick();
+// The latest moment at which any of these bytes of shared memory was written or poisoned; 0: never.
+uint64_t written_at(uint32_t address, int bytes);
+// Fails where a thread has stored and not called fence_proxy_async since. `what` will read or write
+// these bytes: "wgmma", "tma_store".
+void check_clean(uint32_t address, int bytes, const char* what, const Site& site);
+// The memory behind an address, for the core's own reads: inside one array, of any alignment.
+const char* shared_bytes_at(uint32_t address, int bytes, const Site& site);
+// Called by what writes: a thread, or the asynchronous proxy.
+void note_store(uint32_t address, int bytes);
+void note_async_write(uint32_t address, int bytes);
+void reset_proxy();
+
+// What a thread leaves behind of its wgmma when it ends (wgmma.cpp).
+void check_wgmma_at_exit(const Thread& thread);
 
 // --- options, reports (control.cpp, report.cpp) -------------------------------------------------
 
