@@ -234,7 +234,9 @@ void complete_collective(Collective operation, uint32_t mask, void* const* data)
     complete_shuffle(operation, mask, data);
   } else if (operation <= Collective::kMatchAny) {
     complete_vote(operation, mask, data);
-  } else if (operation <= Collective::kWgmmaWait) {
+  } else if (operation == Collective::kWgmmaWait) {
+    complete_wgmma_wait(data);
+  } else if (operation <= Collective::kSetmaxnreg) {
     // Nothing to exchange: that all lanes have come is enough.
   } else if (operation <= Collective::kReduceMaxUnsigned) {
     complete_reduction(operation, mask, data);

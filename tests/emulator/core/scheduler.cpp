@@ -123,6 +123,7 @@ void end_of_thread() {
                 thread.num_copies, describe(oldest_copy_site()).c_str()),
          oldest_copy_site());
   }
+  check_wgmma_at_exit(thread);
   thread.exited = true;
   check_collectives_at_exit(thread);
   check_barriers_at_exit(thread);
@@ -188,6 +189,7 @@ void prepare_block(const uint3& index, uint64_t sequence) {
 void run_block(const uint3& index, uint64_t sequence) {
   prepare_block(index, sequence);
   reset_shared_memory();
+  reset_wgmma();
   resume(pick(), &host, false);
   // Here again when every thread has ended, when one failed, or when none can run.
   if (launch.error == nullptr && block.num_exited < block.num_threads) {

@@ -170,6 +170,7 @@ void note_store(uint32_t address, int bytes);
 void note_async_write(uint32_t address, int bytes);
 void reset_proxy();
 
+void reset_wgmma();
 // What a thread leaves behind of its wgmma when it ends (wgmma.cpp).
 void check_wgmma_at_exit(const Thread& thread);
 
