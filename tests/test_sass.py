@@ -24,10 +24,11 @@ KERNEL_FOLDER = ROOT / "csrc" / "kernels"
 MAX_BYTES = 40 * 10**6  # of every architecture together; a wheel is no larger
 
 # Instructions that a kernel must hold, by its name "source: kernel<arguments>"; the first pattern
-# that matches says. HMMA multiplies on the tensor cores, LDSM loads their fragments, LDGSTS copies
-# to shared memory while others work.
+# that matches says. HMMA and HGMMA multiply on the tensor cores, LDSM loads fragments for the first;
+# LDGSTS and UTMALDG copy to shared memory while others work, SYNCS is a barrier that waits for them.
 NEEDED = (
     (r"\S+: (combine|append)\w*_kernel", ()),  # splits are added up, slots are written: no products
+    (r"prefill_sm90: ", ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS")),  # copies by boxes
     (r"prefill\w*: ", ("HMMA", "LDSM", "LDGSTS")),
     (r"decode\w*: ", ("HMMA", "LDSM", "LDGSTS")),
     (r"vision_rope: ", ()),  # the rotation of whole frames
@@ -196,6 +197,7 @@ def test_the_findings_name_kernel_and_instruction(planted: Kernels) -> None:
     ("name", "needs"),
     [
         ("prefill_sm80: prefill_kernel<bf16, 128>", 3),
+        ("prefill_sm90: prefill_sm90_kernel<bf16, 128, 128, 176>", 4),
         ("decode: decode_kernel<fp16, 64>", 3),
         ("decode: combine_kernel<fp16>", 0),
         ("vision_attn_window: vision_window_kernel<bf16, 96>", 2),
