@@ -1,0 +1,261 @@
+"""Every test of prefill once more, on the kernel of sm_90; and what only that kernel has."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator
+
+import kernel_backends
+import pytest
+import torch
+from attention_sequences import BF16, FP16, normal
+from emulator.control import SCHEDULES, Emulator
+from kernel_backends import Backend, case_factor, emulator_library
+from numeric import assert_bitwise_equal
+from prefill_calls import PrefillCall, random_cache_call, random_call, random_packed_call
+from test_attention_invariance import (
+    test_chunks_of_a_prefill_give_the_same_bits,
+    test_every_kind_of_cache_gives_the_same_bits,
+    test_prefill_does_not_depend_on_the_batch,
+)
+from test_attention_needles import test_needles_at_the_edges_of_windows
+from test_attention_visible import (
+    test_many_queries_over_a_cache,
+    test_packed_sequences,
+    test_sequences_of_equal_lengths,
+)
+from test_flash_attn import (
+    test_all_that_no_query_sees_may_be_anything,
+    test_extreme_scores,
+    test_more_blocks_than_a_short_grid_has,
+    test_nothing_to_see,
+    test_offsets_out_of_range_stay_inside,
+    test_random_calls,
+    test_random_calls_for_sanitizers,
+    test_random_calls_with_a_history,
+    test_random_packed_calls,
+    test_reads_no_byte_past_the_end,
+    test_rows_far_apart,
+    test_scores_that_are_not_finite,
+    test_what_is_not_finite_stays_with_the_rows_that_see_it,
+    test_writes_far_apart,
+)
+from test_vision_attn import test_random_frames
+
+# The tests above are collected here again, with the fixtures of this file.
+__all__ = [name for name in dir() if name.startswith("test_")]
+
+KERNEL = "prefill_sm90_kernel"
+# (head_dim, queries, keys) of every tile that is compiled.
+TILES = [
+    (64, 128, 128),
+    (64, 192, 128),
+    (64, 128, 192),
+    (96, 128, 128),
+    (96, 128, 160),
+    (128, 128, 128),
+    (128, 128, 176),
+]
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Iterator[Emulator]:
+    """A GPU of sm_90 with so few SMs that blocks take several tiles of queries."""
+    kernel_backends._emulated()  # builds it
+    control = Emulator(emulator_library())
+    control.set("gpu", "sm_90_small")
+    yield control
+    control.set("gpu", "sm_80")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("emulated", marks=pytest.mark.emulated),
+        pytest.param("gpu", marks=pytest.mark.gpu),
+    ],
+)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "gpu":
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs a GPU of sm_90")
+        return kernel_backends._gpu()
+    request.getfixturevalue("emulator")
+    return kernel_backends._emulated()
+
+
+@pytest.fixture(scope="module")
+def emulated(emulator: Emulator) -> Backend:
+    return kernel_backends._emulated()
+
+
+def took(emulator: Emulator, kernel: str) -> int:
+    return sum(kernel in launch.kernel for launch in emulator.launches())
+
+
+# --- which kernel serves ------------------------------------------------------------------------
+
+
+def test_most_random_calls_take_this_kernel(emulator: Emulator, emulated: Backend) -> None:
+    """Tensors whose rows are not aligned, or repeated by a stride of 0, take the other one."""
+    choose = random.Random("who takes it")
+    for make in (random_call, random_packed_call):
+        emulator.clear_launches()
+        for number in range(40):
+            make(choose, ("takes", number)).run(emulated)
+        ours, others = took(emulator, KERNEL), took(emulator, "prefill_sm80_kernel")
+        assert ours > 15, (ours, others)
+        assert others > 0, (ours, others)
+
+
+@pytest.mark.parametrize(
+    ("change", "kernel"),
+    [
+        ("none", KERNEL),
+        ("one element off", "prefill_sm80_kernel"),
+        ("k repeated over heads", "prefill_sm80_kernel"),
+        ("odd row stride", "prefill_sm80_kernel"),
+        ("transposed", KERNEL),
+    ],
+)
+def test_the_layout_chooses(
+    change: str, kernel: str, emulator: Emulator, emulated: Backend
+) -> None:
+    q, k, v = (normal(1, 40, 2, 64, dtype=BF16, key=name) for name in "qkv")
+    if change == "one element off":
+        buffer = torch.zeros(q.numel() + 1, dtype=BF16)
+        buffer[1:] = q.flatten()
+        q = buffer[1:].view(q.shape)
+    elif change == "k repeated over heads":
+        k = k[:, :, :1].expand(k.shape)
+    elif change == "odd row stride":
+        wide = torch.zeros(1, 40, 2 * 64 + 1, dtype=BF16)
+        v = wide.as_strided(v.shape, (40 * 129, 129, 64, 1)).copy_(v)
+    elif change == "transposed":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    emulator.clear_launches()
+    PrefillCall(q, k, v, (-1, 0)).check(emulated, change)
+    assert took(emulator, kernel) == len(emulator.launches()) == 1
+
+
+def test_a_variable_chooses(
+    emulator: Emulator, emulated: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = PrefillCall(*(normal(1, 40, 1, 64, dtype=BF16, key=name) for name in "qkv"))
+    for value, kernel in (("sm80", "prefill_sm80_kernel"), ("sm90", KERNEL), ("", KERNEL)):
+        monkeypatch.setenv("EXAFUSE_ATTENTION", value)
+        emulator.clear_launches()
+        call.run(emulated)
+        assert took(emulator, kernel) == 1, value
+    for value, problem in (
+        ("sm70", "expected sm80, sm90 or sm90:128x128"),
+        ("sm90:64x64", "no prefill tile of 64x64 is compiled for head_dim 64"),
+        ("sm90:128x128x", "expected sm80, sm90"),
+    ):
+        monkeypatch.setenv("EXAFUSE_ATTENTION", value)
+        with pytest.raises(ValueError, match=problem):
+            call.run(emulated)
+    monkeypatch.setenv("EXAFUSE_ATTENTION", "sm90")
+    with pytest.raises(ValueError, match="whose strides are not zero"):
+        call.but(k=call.k[:, :1].expand(call.k.shape)).run(emulated)
+    emulator.set("gpu", "sm_80")
+    with pytest.raises(ValueError, match="this GPU is sm_80"):
+        call.run(emulated)
+    emulator.set("gpu", "sm_90_small")
+
+
+# --- every tile ---------------------------------------------------------------------------------
+
+
+def long_call(choose: random.Random, dim: int, key: object) -> PrefillCall:
+    """Several tiles of queries and keys, of several heads."""
+    dtype = choose.choice([BF16, FP16])
+    heads, kv_heads = choose.choice([(1, 1), (2, 1), (3, 1), (2, 2)])
+    seqlen_q = choose.choice([1, 63, 64, 65, 127, 128, 129, 192, 193, 257, 300])
+    seqlen_k = choose.choice([1, 127, 128, 129, 160, 176, 177, 192, 256, 257, 353, 421])
+    q = normal(1, seqlen_q, heads, dim, dtype=dtype, key=(key, "q"))
+    k, v = (normal(1, seqlen_k, kv_heads, dim, dtype=dtype, key=(key, name)) for name in "kv")
+    window = choose.choice([(-1, -1), (-1, 0), (-1, 0), (50, 0), (130, 7), (0, 0), (300, -1)])
+    return PrefillCall(q, k, v, window)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_every_tile(
+    tile: tuple[int, int, int], backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cols, queries, keys = tile
+    monkeypatch.setenv("EXAFUSE_ATTENTION", f"sm90:{queries}x{keys}")
+    choose = random.Random(f"tile {tile}")
+    cases = 40 * case_factor()
+    for number in range(cases):
+        dim = choose.choice([cols, cols, cols - 8, cols - 24])
+        call = long_call(choose, dim, (tile, number))
+        label = f"{tile} {number}: {tuple(call.q.shape)}, {tuple(call.k.shape)}, {call.window}"
+        call.check(backend, label, number % 6 == 0)
+    backend.count(cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_tiles_and_kernels_agree(
+    dim: int, emulated: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held to the oracle one by one already; here their logarithms of sums side by side."""
+    choose = random.Random(f"agree {dim}")
+    for number in range(6 * case_factor()):
+        call = long_call(choose, dim, ("agree", number))
+        results = []
+        choices = [f"sm90:{q}x{k}" for cols, q, k in TILES if cols == dim]
+        for value in ["sm80", *choices]:
+            monkeypatch.setenv("EXAFUSE_ATTENTION", value)
+            results.append(call.run(emulated))
+        for out, lse in results[1:]:
+            torch.testing.assert_close(lse, results[0][1], rtol=2e-6, atol=2e-5)
+            torch.testing.assert_close(out, results[0][0], rtol=2e-2, atol=2e-2)
+    emulated.count(6 * case_factor())
+
+
+# --- schedules ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_schedule_gives_the_same(emulator: Emulator, emulated: Backend) -> None:
+    """Orders of threads, times at which copies land and products complete, slow warps."""
+    choose = random.Random("schedules of sm_90")
+    calls = [
+        long_call(choose, 64, "schedule 64").but(window=(-1, 0)),
+        long_call(choose, 128, "schedule 128").but(window=(100, 0)),
+        long_call(choose, 96, "schedule 96").but(window=(-1, -1)),
+        PrefillCall(*(normal(1, 200, 2, 128, dtype=BF16, key=name) for name in "qkv"), (-1, 0)),
+    ]
+    dirty = PrefillCall(*(normal(1, 150, 1, 64, dtype=BF16, key=name) for name in "qkv"), (-1, 0))
+    dirty.v[0, 100, 0, 5:9] = float("inf")
+    calls.append(dirty)
+    schedules = 0
+    for call in calls:
+        expected = call.run(emulated)
+        for number in range(24 * case_factor()):
+            with emulator.schedule(SCHEDULES[number % 3], seed=number), landing(emulator, number):
+                out, lse = call.run(emulated)
+            label = f"schedule {number} of {tuple(call.q.shape)}"
+            assert_bitwise_equal(out, expected[0], label)
+            assert_bitwise_equal(lse, expected[1], label)
+            schedules += 1
+    assert schedules >= 100
+    emulated.count(schedules)
+
+
+@pytest.mark.slow
+def test_schedules_of_caches(emulator: Emulator, emulated: Backend) -> None:
+    choose = random.Random("schedules of caches")
+    for kind in ("ring", "paged"):
+        call = random_cache_call(choose, kind, ("schedule", kind))
+        expected = call.run(emulated)
+        for number in range(6 * case_factor()):
+            with emulator.schedule("random", seed=number), landing(emulator, number):
+                results = call.run(emulated)
+            for ours, theirs in zip(results, expected, strict=True):
+                assert_bitwise_equal(ours, theirs, f"{kind}, schedule {number}")
+    emulated.count(12 * case_factor())
