@@ -23,6 +23,7 @@ _LISTED = (
     ("attention/combine*", _DECODE),
     ("attention/append*", _DECODE),
     ("attention/*kvcache", _DECODE),
+    ("attention/prefill_sm90", ("test_prefill_sm90.py",)),
     ("attention/*", _PREFILL),
     ("sum_partials", ("test_rms_norm_backward.py",)),
 )
@@ -60,6 +61,8 @@ def corner_tests_of(kernel: str) -> str:
     """The test file of a few seconds that goes through the kernel in all ways."""
     if fnmatch(kernel, "attention/vision*"):
         return "test_kernel_corners_vision.py"
+    if kernel == "attention/prefill_sm90":
+        return "test_kernel_corners_sm90.py"
     if kernel.startswith("attention/"):
         return "test_kernel_corners_attention.py"
     if kernel.endswith("_backward") or kernel == "sum_partials":
@@ -69,6 +72,8 @@ def corner_tests_of(kernel: str) -> str:
 
 def mutant_tests_of(kernel: str) -> tuple[str, ...]:
     """The test files that may notice a defect of the kernel: its own, and those of several ops."""
+    if kernel == "attention/prefill_sm90":
+        return tests_of(kernel)
     if kernel.startswith("attention/") and not fnmatch(kernel, "attention/vision*"):
         return (*tests_of(kernel), *_EVERY_ATTENTION)
     return tests_of(kernel)

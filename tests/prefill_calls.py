@@ -26,6 +26,17 @@ LENGTHS_Q = [0, 1, 2, 3, 5, 7, 8, 13, 15, 16, 17, 23, 29, 31, 32]
 LONG_Q = [33, 40, 47, 63, 64, 65, 97, 127, 128, 129, 131]
 LENGTHS_K = [0, 1, 2, 3, 7, 16, 31, 32, 33, 61, 63, 64, 65, 66, 67, 101, 127, 128, 129, 131, 150]
 
+# (columns, queries, keys) of every tile that the kernel of sm_90 is compiled for.
+TILES_SM90 = [
+    (64, 128, 128),
+    (64, 192, 128),
+    (64, 128, 192),
+    (96, 128, 128),
+    (96, 128, 160),
+    (128, 128, 128),
+    (128, 128, 176),
+]
+
 
 def extension(backend: Backend) -> Any:
     return front_door.load_emulated() if backend.name == "emulated" else front_door.load_cuda()

@@ -7,14 +7,17 @@ tests/compiled_kernels.py writes.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from compiled_kernels import cleaned
 from emulator.control import Emulator
 from exafuse.ops import front_door
 from kernel_backends import emulator_library
+from prefill_calls import TILES_SM90
 
 HALVES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 96, 128)  # one for each tile
@@ -88,6 +91,13 @@ def _vision(kernels: Any, dtype: torch.dtype, head_dim: int) -> None:
         )
 
 
+def _prefill_sm90(kernels: Any, dtype: torch.dtype, tile: tuple[int, int, int]) -> None:
+    head_dim, queries, keys = tile
+    q = torch.ones(1, 20, 1, head_dim, dtype=dtype)
+    with mock.patch.dict(os.environ, EXAFUSE_ATTENTION=f"sm90:{queries}x{keys}"):
+        kernels.flash_attn_func(q, q.clone(), q.clone(), 1.0, -1, 0, torch.empty_like(q), None)
+
+
 def dynamic_shared_bytes() -> dict[str, int]:
     """The most that a launch of each kernel asks for, by "kernel<arguments>"."""
     kernels: Any = front_door.load_emulated()
@@ -107,4 +117,10 @@ def dynamic_shared_bytes() -> dict[str, int]:
     for dtype, head_dim in itertools.product(HALVES, HEAD_DIMS):
         note(_attention, dtype, head_dim)
         note(_vision, dtype, head_dim)
+    emulator.set("gpu", "sm_90")
+    try:
+        for dtype, tile in itertools.product(HALVES, TILES_SM90):
+            note(_prefill_sm90, dtype, tile)
+    finally:
+        emulator.set("gpu", "sm_80")
     return dict(sorted(most.items()))

@@ -13,7 +13,13 @@ from attention_sequences import BF16, FP16, normal
 from emulator.control import SCHEDULES, Emulator
 from kernel_backends import Backend, case_factor, emulator_library
 from numeric import assert_bitwise_equal
-from prefill_calls import PrefillCall, random_cache_call, random_call, random_packed_call
+from prefill_calls import (
+    TILES_SM90,
+    PrefillCall,
+    random_cache_call,
+    random_call,
+    random_packed_call,
+)
 from test_attention_invariance import (
     test_chunks_of_a_prefill_give_the_same_bits,
     test_every_kind_of_cache_gives_the_same_bits,
@@ -47,16 +53,6 @@ from test_vision_attn import test_random_frames
 __all__ = [name for name in dir() if name.startswith("test_")]
 
 KERNEL = "prefill_sm90_kernel"
-# (head_dim, queries, keys) of every tile that is compiled.
-TILES = [
-    (64, 128, 128),
-    (64, 192, 128),
-    (64, 128, 192),
-    (96, 128, 128),
-    (96, 128, 160),
-    (128, 128, 128),
-    (128, 128, 176),
-]
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +177,7 @@ def long_call(choose: random.Random, dim: int, key: object) -> PrefillCall:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("tile", TILES_SM90, ids=str)
 def test_every_tile(
     tile: tuple[int, int, int], backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +203,7 @@ def test_tiles_and_kernels_agree(
     for number in range(6 * case_factor()):
         call = long_call(choose, dim, ("agree", number))
         results = []
-        choices = [f"sm90:{q}x{k}" for cols, q, k in TILES if cols == dim]
+        choices = [f"sm90:{q}x{k}" for cols, q, k in TILES_SM90 if cols == dim]
         for value in ["sm80", *choices]:
             monkeypatch.setenv("EXAFUSE_ATTENTION", value)
             results.append(call.run(emulated))

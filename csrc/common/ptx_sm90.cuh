@@ -8,7 +8,7 @@
 // store_shared or stmatrix. What they have written is visible after mbarrier_wait, what they have
 // read may be overwritten after wgmma_wait or tma_store_wait_read.
 //
-// Compiled for other GPUs the bodies trap: a kernel that uses them is launched on sm_90 alone.
+// Sources that include this are named *_sm90.cu and are compiled for sm_90a alone.
 #pragma once
 
 #include <cstdint>
@@ -51,8 +51,8 @@ __device__ __forceinline__ uint4 ld_shared(uint32_t smem) {
 // True in one lane of a whole warp.
 __device__ __forceinline__ bool elect_one() {
   uint32_t elected = 0;
-  EXAFUSE_SM90(
-      "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(elected));
   return elected != 0;
 }
 
@@ -61,13 +61,13 @@ __device__ __forceinline__ bool elect_one() {
 template <int kRegisters>
 __device__ __forceinline__ void setmaxnreg_dec() {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
-  EXAFUSE_SM90("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 template <int kRegisters>
 __device__ __forceinline__ void setmaxnreg_inc() {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
-  EXAFUSE_SM90("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // --- barriers in shared memory ------------------------------------------------------------------
@@ -76,37 +76,39 @@ __device__ __forceinline__ void setmaxnreg_inc() {
 
 // One thread; before any other use fence_mbarrier_init and a barrier of the block.
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int count) {
-  EXAFUSE_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
 // Makes initialised barriers visible to the asynchronous proxy.
 __device__ __forceinline__ void fence_mbarrier_init() {
-  EXAFUSE_SM90("fence.mbarrier_init.release.cluster;" :: : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
-  EXAFUSE_SM90("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Arrives and announces `bytes` of copies to come.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
-  EXAFUSE_SM90("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-               "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+               "r"(bytes)
+               : "memory");
 }
 
 // Waits until the phase of this parity is over: 0 for the first, 1 for the second, 0 for the third.
 // On a fresh barrier a wait for parity 1 returns at once.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  EXAFUSE_SM90(
+  asm volatile(
       "{\n.reg .pred p;\nwait:\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1;\n"
       "@p bra done;\nbra wait;\ndone:\n}" ::"r"(barrier),
-      "r"(parity) : "memory");
+      "r"(parity)
+      : "memory");
 }
 
 // Between what this thread stored to shared memory and what the asynchronous proxy does there after
 // the next barrier.
 __device__ __forceinline__ void fence_proxy_async() {
-  EXAFUSE_SM90("fence.proxy.async.shared::cta;" :: : "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // --- copies of whole boxes ----------------------------------------------------------------------
@@ -117,28 +119,30 @@ __device__ __forceinline__ void fence_proxy_async() {
 
 __device__ __forceinline__ void tma_load(uint32_t smem, const TensorMap& map, uint32_t barrier,
                                          int column, int row, int head, int batch) {
-  EXAFUSE_SM90(
+  asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(smem),
-      "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch) : "memory");
+      "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
 }
 
 __device__ __forceinline__ void tma_store(const TensorMap& map, uint32_t smem, int column, int row,
                                           int head, int batch) {
-  EXAFUSE_SM90(
+  asm volatile(
       "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group "
       "[%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
-      "r"(smem), "r"(column), "r"(row), "r"(head), "r"(batch) : "memory");
+      "r"(smem), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
 }
 
 __device__ __forceinline__ void tma_store_commit() {
-  EXAFUSE_SM90("cp.async.bulk.commit_group;" :: : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
 // Waits until all but the newest kPending groups of this thread have read shared memory.
 template <int kPending>
 __device__ __forceinline__ void tma_store_wait_read() {
-  EXAFUSE_SM90("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
 // --- matrix products of a warpgroup -------------------------------------------------------------
@@ -160,12 +164,12 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem, int panel_by
 
 // Before the first product of a group: orders register accesses, and earlier stores, before it.
 __device__ __forceinline__ void wgmma_fence() {
-  EXAFUSE_SM90("wgmma.fence.sync.aligned;" :: : "memory");
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
 // Closes the group of products since the last commit.
 __device__ __forceinline__ void wgmma_commit() {
-  EXAFUSE_SM90("wgmma.commit_group.sync.aligned;" :: : "memory");
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
 // How the rows of operand b lie in shared memory: its columns side by side there (keys of q k^T,
@@ -210,7 +214,7 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kCount][kEach]) {
 // and the operands in registers that this makes the thread's own again.
 template <int kPending, class... Registers>
 __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
-  EXAFUSE_SM90("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
   (detail::pin(registers), ...);
 }
 

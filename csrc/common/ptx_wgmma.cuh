@@ -7,13 +7,6 @@
 
 #include <cstdint>
 
-// These instructions exist in code for sm_90a alone: others trap.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define EXAFUSE_SM90(...) asm volatile(__VA_ARGS__)
-#else
-#define EXAFUSE_SM90(...) __trap()
-#endif
-
 namespace exafuse {
 
 namespace ptx::detail {
@@ -39,15 +32,15 @@ struct Wgmma;
 #define EXAFUSE_R88 EXAFUSE_R80 ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define EXAFUSE_R96 EXAFUSE_R88 ", %88, %89, %90, %91, %92, %93, %94, %95"
 
-// kRegisters: the names of the accumulator's; n0 to n5: the numbers of the operands that follow them;
-// then the accumulator as operands.
+// kRegisters: the names of the accumulator's; n0 to n5: the numbers of the operands that follow
+// them; then the accumulator as operands.
 #define EXAFUSE_WGMMA(T, kType, kN, kRegisters, n0, n1, n2, n3, n4, n5, ...)                        \
   template <>                                                                                       \
   struct Wgmma<T, kN> {                                                                             \
     template <bool kDepthByRow>                                                                     \
     __device__ __forceinline__ static void ss(float (&d)[kN / 2], uint64_t a, uint64_t b,           \
                                               bool accumulate) {                                    \
-      EXAFUSE_SM90("{\n.reg .pred p;\nsetp.ne.b32 p, %" n2 ", 0;\n"                                 \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" n2 ", 0;\n"                                 \
                    "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." kType "." kType               \
                    " {" kRegisters "}, %" n0 ", %" n1 ", p, 1, 1, 0, %" n3 ";\n}"                    \
                    : __VA_ARGS__                                                                    \
@@ -56,7 +49,7 @@ struct Wgmma;
     }                                                                                               \
     __device__ __forceinline__ static void rs(float (&d)[kN / 2], const uint32_t (&a)[4],           \
                                               uint64_t b, bool accumulate) {                        \
-      EXAFUSE_SM90("{\n.reg .pred p;\nsetp.ne.b32 p, %" n5 ", 0;\n"                                 \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" n5 ", 0;\n"                                 \
                    "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." kType "." kType               \
                    " {" kRegisters "}, {%" n0 ", %" n1 ", %" n2 ", %" n3 "}, %" n4                  \
                    ", p, 1, 1, 1;\n}"                                                               \
