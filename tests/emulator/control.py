@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SCHEDULES = ("forward", "reverse", "random")
+LANDINGS = ("latest", "early", "random")
 
 
 class LaunchRecord(NamedTuple):
@@ -45,21 +46,29 @@ class Emulator:
         ]
 
     def set(self, name: str, value: object) -> None:
-        """``schedule`` forward|reverse|random, ``seed`` (int), ``gpu`` sm_80|sm_90,
-        ``approx`` perturbed|exact, ``mma`` single|double."""
+        """``schedule`` forward|reverse|random, ``seed`` (int), ``gpu`` sm_80 (the default)|sm_90,
+        ``approx`` perturbed|exact, ``mma`` single|double, ``landing`` latest|early|random (when
+        copies of boxes arrive), ``slow_warp`` chance|none|(int): a warp that runs when no other
+        can; by chance in the random schedule."""
         if self._library.exafuse_emulator_set(name.encode(), str(value).encode()) != 0:
             raise ValueError(f"the emulator does not know {name}={value}")
 
     @contextmanager
-    def schedule(self, name: str, seed: int = 1) -> Iterator[None]:
+    def schedule(
+        self, name: str, seed: int = 1, landing: str = "latest", slow_warp: int | str = "chance"
+    ) -> Iterator[None]:
         """Runs the block's threads in another order inside the ``with``."""
         self.set("schedule", name)
         self.set("seed", seed)
+        self.set("landing", landing)
+        self.set("slow_warp", slow_warp)
         try:
             yield
         finally:
             self.set("schedule", "forward")
             self.set("seed", 1)
+            self.set("landing", "latest")
+            self.set("slow_warp", "chance")
 
     @contextmanager
     def counting(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from emulator.control import Emulator
 def main() -> None:
     arguments = sys.argv[1:]
     emulator = Emulator(Path(_honesty.__file__))
+    emulator.set("gpu", "sm_90")
     if arguments[:1] == ["--schedule"]:
         emulator.set("schedule", arguments[1])
         arguments = arguments[2:]

@@ -17,6 +17,8 @@ struct alignas(64) TensorMap {
 };
 static_assert(sizeof(TensorMap) == 128 && std::is_trivially_copyable_v<TensorMap>);
 
+inline const DeviceProperties& current_device() { return device_properties(0); }
+
 inline TensorMap make_tensor_map(const TensorMapSpec& spec) {
   const bool is_16_bit = spec.dtype == DType::kBFloat16 || spec.dtype == DType::kFloat16;
   if (!is_16_bit || spec.data == nullptr || spec.box_rows < 1 || spec.box_rows > kMaxBoxRows ||

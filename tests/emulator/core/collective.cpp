@@ -189,6 +189,18 @@ void complete_vote(Collective operation, uint32_t mask, void* const* data) {
   }
 }
 
+// Rows that stmatrix stores: each lane has just named its own.
+void note_stmatrix(Collective operation) {
+  if (operation != Collective::kStmatrix && operation != Collective::kStmatrixTrans) return;
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    const Thread& thread = block.threads[current->warp * kWarpSize + lane];
+    const void* data = block.warps[current->warp].data[lane];
+    if (lane < 8 * static_cast<const MatrixLane*>(data)->num_matrices) {
+      note_store(thread.last_address, 16, thread);
+    }
+  }
+}
+
 void count(Collective operation, const void* lane_data) {
   if (operation >= Collective::kMmaBf16) {
     ++counts().mma;
@@ -247,9 +259,26 @@ void complete_collective(Collective operation, uint32_t mask, void* const* data)
   }
 }
 
+// In one warp the leader is always the same lane; which one, nobody promises.
+bool elect_one(const Site& site) {
+  need_sm90("elect_one", site);
+  collective(Collective::kElect, ~0u, nullptr, site);
+  switch (options().schedule) {
+    case Schedule::kForward:
+      return current->lane == 0;
+    case Schedule::kReverse:
+      return current->lane == kWarpSize - 1;
+    default: {
+      const uint64_t hash = (options().seed + current->warp + 1) * 0x9E3779B97F4A7C15u;
+      return current->lane == static_cast<int>(hash >> 59);
+    }
+  }
+}
+
 void collective(Collective operation, unsigned mask, void* lane_data, const Site& site) {
   if (gather(name_of(operation), false, operation, mask, lane_data, site)) {
     complete_collective(operation, mask, block.warps[current->warp].data);
+    if (block.is_asynchronous) note_stmatrix(operation);
     if (options().count) count(operation, block.warps[current->warp].data[current->lane]);
     release(mask);
   }

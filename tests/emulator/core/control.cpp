@@ -49,6 +49,24 @@ bool set_option(Options& options, const char* name, const char* value) {
     options.seed = std::strtoull(value, &end, 10);
     return *value != '\0' && *end == '\0';
   }
+  if (is(name, "landing")) {
+    static constexpr const char* kNames[] = {"latest", "early", "random"};
+    for (int i = 0; i < 3; ++i) {
+      if (!is(value, kNames[i])) continue;
+      options.landing = static_cast<Landing>(i);
+      return true;
+    }
+    return false;
+  }
+  if (is(name, "slow_warp")) {
+    char* end = nullptr;
+    const long number = std::strtol(value, &end, 10);
+    const bool is_number = *value != '\0' && *end == '\0' && number >= 0 && number < kMaxWarps;
+    options.slow_warp = is_number           ? static_cast<int>(number)
+                        : is(value, "none") ? Options::kNoSlowWarp
+                                            : Options::kSlowWarpByChance;
+    return is_number || is(value, "none") || is(value, "chance");
+  }
   if (is(name, "gpu")) {
     for (const GpuModel& model : kGpuModels) {
       if (!is(value, model.name)) continue;
@@ -74,9 +92,11 @@ bool set_option(Options& options, const char* name, const char* value) {
 
 Options read_environment() {
   Options options;
-  options.gpu = &kGpuModels[1];
+  options.gpu = &kGpuModels[0];
   static constexpr const char* kNames[][2] = {{"schedule", "EXAFUSE_EMULATOR_SCHEDULE"},
                                               {"seed", "EXAFUSE_EMULATOR_SEED"},
+                                              {"landing", "EXAFUSE_EMULATOR_LANDING"},
+                                              {"slow_warp", "EXAFUSE_EMULATOR_SLOW_WARP"},
                                               {"gpu", "EXAFUSE_EMULATOR_GPU"},
                                               {"approx", "EXAFUSE_EMULATOR_APPROX"},
                                               {"mma", "EXAFUSE_EMULATOR_MMA"}};

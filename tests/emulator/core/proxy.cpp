@@ -61,10 +61,28 @@ void check_clean(uint32_t address, int bytes, const char* what, const Site& site
   }
 }
 
-void note_store(uint32_t address, int bytes) { write(address, bytes, writer_of(*current)); }
+void note_store(uint32_t address, int bytes, const Thread& thread) {
+  write(address, bytes, writer_of(thread));
+}
 void note_async_write(uint32_t address, int bytes) { write(address, bytes, 0); }
 
-void fence_proxy_async(const Site&) { ++current->fences; }
+const void* shared_load(uint32_t address, int bytes, const Site& site) {
+  const void* memory = shared_pointer(address, bytes, site);
+  check_not_in_flight(address, bytes, "a load", site);
+  return memory;
+}
+
+void* shared_store(uint32_t address, int bytes, const Site& site) {
+  void* memory = shared_pointer(address, bytes, site);
+  check_not_in_flight(address, bytes, "a store", site);
+  note_store(address, bytes, *current);
+  return memory;
+}
+
+void fence_proxy_async(const Site& site) {
+  need_sm90("fence_proxy_async", site);
+  ++current->fences;
+}
 
 void reset_proxy() {
   moments.clear();

@@ -232,6 +232,12 @@ void check_access(const void* address, int bytes, const char* what, const Site& 
                 what),
          site);
   }
+  if (is_shared && block.is_asynchronous && std::strcmp(what, "ldg") != 0 &&
+      std::strcmp(what, "a load") != 0) {
+    const auto at = static_cast<uint32_t>(byte - block.shared) + kSharedBase;
+    check_not_in_flight(at, bytes, what, site);
+    note_store(at, bytes, *current);
+  }
   if (options().count) count_access(what, bytes, is_shared);
 }
 

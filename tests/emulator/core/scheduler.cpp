@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #include "core/state.h"
 
@@ -25,6 +26,15 @@ namespace {
 // Atomics in a row, by all threads together, before a spinning kernel is given up.
 constexpr uint64_t kSpinLimit = 20'000'000;
 constexpr uint32_t kSlowWarpPeriod = 16;
+constexpr uint32_t kSlowerWarpPeriod = 48;
+// Of threads picked, where the slow warp was chosen by number.
+constexpr uint64_t kChosenWarpPeriod = 4096;
+
+struct Pause {
+  int thread;
+  uint64_t until;  // so many threads were picked
+};
+std::vector<Pause> pauses;
 
 Stack host;
 pthread_mutex_t launch_mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -41,54 +51,101 @@ int nth_bit(uint32_t bits, uint32_t n) {
 
 // The next thread in ascending (descending) order after the one that ran last, all around the
 // block.
-int pick_in_order(bool ascending) {
+int pick_in_order(uint32_t candidates, bool ascending) {
   const int warp = block.cursor / kWarpSize;
   const int lane = block.cursor % kWarpSize;
-  const uint32_t lanes = block.warps[warp].runnable & (ascending ? above(lane) : below(lane));
+  const uint32_t runnable_here = (candidates >> warp & 1) != 0 ? block.warps[warp].runnable : 0;
+  const uint32_t lanes = runnable_here & (ascending ? above(lane) : below(lane));
   if (lanes != 0) return warp * kWarpSize + (ascending ? lowest(lanes) : highest(lanes));
-  const uint32_t rest = block.runnable_warps & (ascending ? above(warp) : below(warp));
-  const uint32_t warps = rest != 0 ? rest : block.runnable_warps;
+  const uint32_t rest = candidates & (ascending ? above(warp) : below(warp));
+  const uint32_t warps = rest != 0 ? rest : candidates;
   const int next = ascending ? lowest(warps) : highest(warps);
   const uint32_t runnable = block.warps[next].runnable;
   return next * kWarpSize + (ascending ? lowest(runnable) : highest(runnable));
 }
 
+uint32_t without(uint32_t warps, int slow_warp) {
+  const uint32_t others = warps & ~(1u << slow_warp);
+  return others != 0 ? others : warps;
+}
+
 // A random lane of a random warp; one warp of the block hardly ever gets its turn, so that the
-// others run as far ahead of it as the barriers let them.
-int pick_at_random() {
-  uint32_t warps = block.runnable_warps;
+// others run as far ahead of it as the barriers let them. Where warps have roles of their own,
+// another one is slower still.
+int pick_at_random(uint32_t warps) {
   if (block.slow_warp >= 0 && next_random() % kSlowWarpPeriod != 0) {
-    const uint32_t others = warps & ~(1u << block.slow_warp);
-    if (others != 0) warps = others;
+    warps = without(warps, block.slow_warp);
+  }
+  if (block.slower_warp >= 0 && next_random() % kSlowerWarpPeriod != 0) {
+    warps = without(warps, block.slower_warp);
   }
   const int warp = nth_bit(warps, next_random() % __builtin_popcount(warps));
   const uint32_t lanes = block.warps[warp].runnable;
   return warp * kWarpSize + nth_bit(lanes, next_random() % __builtin_popcount(lanes));
 }
 
+void end_pauses(uint64_t until) {
+  for (size_t i = pauses.size(); i-- > 0;) {
+    if (pauses[i].until > until) continue;
+    const Thread& thread = block.threads[pauses[i].thread];
+    wake(thread.warp, 1u << thread.lane);
+    pauses.erase(pauses.begin() + static_cast<std::ptrdiff_t>(i));
+  }
+}
+
+// Whether any thread can run, if need be because a pause ends or a copy lands.
+bool find_work() {
+  ++block.picks;
+  end_pauses(block.picks);
+  if (block.runnable_warps != 0) return true;
+  uint64_t soonest = UINT64_MAX;
+  for (const Pause& pause : pauses) {
+    if (pause.until < soonest) soonest = pause.until;
+  }
+  end_pauses(soonest);
+  while (block.runnable_warps == 0) {
+    if (!land_when_idle()) return false;
+  }
+  return true;
+}
+
 Thread* pick() {
-  if (block.runnable_warps == 0) return nullptr;
+  try {
+    if (!find_work()) return nullptr;
+  } catch (...) {
+    launch.error = std::current_exception();
+    return nullptr;
+  }
+  uint32_t warps = block.runnable_warps;
+  const int chosen = options().slow_warp;
+  if (chosen >= 0 && block.picks % kChosenWarpPeriod != 0) warps = without(warps, chosen);
   int id = 0;
   switch (options().schedule) {
     case Schedule::kForward:
-      id = pick_in_order(true);
+      id = pick_in_order(warps, true);
       break;
     case Schedule::kReverse:
-      id = pick_in_order(false);
+      id = pick_in_order(warps, false);
       break;
     case Schedule::kRandom:
-      id = pick_at_random();
+      id = pick_at_random(warps);
       break;
   }
   return &block.threads[id];
+}
+
+// While accesses are counted or shared memory has asynchronous readers, all accesses take the path
+// of those that are checked.
+void choose_access_path() {
+  global_memory_forbidden = options().count || block.is_asynchronous ||
+                            (launch.request->pdl && !current->waited_for_grid);
 }
 
 void resume(Thread* thread, Stack* from, bool from_is_done) {
   current = thread;
   block.cursor = thread->id;
   threadIdx = thread->index;
-  // While accesses are counted, all of them take the path of those that are checked.
-  global_memory_forbidden = options().count || (launch.request->pdl && !thread->waited_for_grid);
+  choose_access_path();
   switch_stack(from, thread->stack, from_is_done);
 }
 
@@ -127,6 +184,7 @@ void end_of_thread() {
   thread.exited = true;
   check_collectives_at_exit(thread);
   check_barriers_at_exit(thread);
+  check_stores_at_exit(thread);
   block.warps[thread.warp].exited |= 1u << thread.lane;
   ++block.num_exited;
 }
@@ -164,6 +222,9 @@ void prepare_block(const uint3& index, uint64_t sequence) {
   block.num_exited = 0;
   block.runnable_warps = 0;
   block.quiet_atomics = 0;
+  block.picks = 0;
+  block.is_asynchronous = false;
+  pauses.clear();
   for (int w = 0; w < block.num_warps; ++w) block.warps[w] = Warp();
   for (Barrier& barrier : block.barriers) barrier = Barrier();
   for (int id = 0; id < block.num_threads; ++id) {
@@ -181,9 +242,12 @@ void prepare_block(const uint3& index, uint64_t sequence) {
     warp.runnable |= 1u << thread.lane;
     block.runnable_warps |= 1u << thread.warp;
   }
-  const bool random = options().schedule == Schedule::kRandom;
+  reset_registers();
+  const bool random =
+      options().schedule == Schedule::kRandom && options().slow_warp == Options::kSlowWarpByChance;
   block.cursor = options().schedule == Schedule::kReverse ? 0 : block.num_threads - 1;
   block.slow_warp = random ? static_cast<int>(next_random() % block.num_warps) : -1;
+  block.slower_warp = -1;
 }
 
 void run_block(const uint3& index, uint64_t sequence) {
@@ -193,10 +257,12 @@ void run_block(const uint3& index, uint64_t sequence) {
   resume(pick(), &host, false);
   // Here again when every thread has ended, when one failed, or when none can run.
   if (launch.error == nullptr && block.num_exited < block.num_threads) {
-    record_failure("deadlock, no thread can run: " + describe_threads());
+    record_failure("deadlock, no thread can run: " + describe_threads() + describe_mbarriers());
   }
   if (launch.error == nullptr) {
     check_barriers_at_end();
+    check_loads_at_end();
+    check_registers_at_end();
     check_shared_memory();
   }
   release_shared_memory();
@@ -256,6 +322,18 @@ void wake(int warp, uint32_t lanes) {
   block.runnable_warps |= 1u << warp;
 }
 
+void pause(int picks, const char* what, const Site& site) {
+  pauses.push_back({current->id, block.picks + picks});
+  wait_for_wake(what, site);
+}
+
+void note_asynchronous() {
+  if (block.is_asynchronous) return;
+  block.is_asynchronous = true;
+  if (block.slow_warp >= 0) block.slower_warp = static_cast<int>(next_random() % block.num_warps);
+  choose_access_path();
+}
+
 void yield_in_atomic(const Site& site) {
   if (++block.quiet_atomics > kSpinLimit) {
     fail("threads spin on an atomic and none gets any further: " + describe_threads(), site);
@@ -266,7 +344,7 @@ void yield_in_atomic(const Site& site) {
 void griddep_wait() {
   current->waited_for_grid = true;
   launch.any_waited_for_grid = true;
-  global_memory_forbidden = options().count;
+  choose_access_path();
 }
 
 void abandon_launch(std::exception_ptr error) {

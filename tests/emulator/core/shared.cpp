@@ -25,11 +25,9 @@ uint32_t round_up(uint32_t value, uint32_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Neither a loop nor memset: sanitizers watch those, and to ThreadSanitizer the fill by the first
-// thread that takes an array would race with everyone's first write.
-void fill(char* begin, size_t bytes) {
-  asm volatile("rep stosb" : "+D"(begin), "+c"(bytes) : "a"(kFill) : "memory");
-}
+// To ThreadSanitizer a visible fill by the first thread that takes an array would race with
+// everyone's first write.
+void fill(char* begin, size_t bytes) { fill_bytes(begin, bytes, kFill); }
 
 void poison(char* begin, char* end) {
   fill(begin, end - begin);
@@ -60,9 +58,16 @@ const SharedArray* find_array(uint32_t offset, int bytes, bool at_end) {
 
 }  // namespace
 
+// Neither a loop nor memset: sanitizers watch those.
+void fill_bytes(char* begin, size_t bytes, int value) {
+  asm volatile("rep stosb" : "+D"(begin), "+c"(bytes) : "a"(value) : "memory");
+}
+
 void reset_shared_memory() {
   block.num_arrays = 0;
   reset_proxy();
+  reset_copies();
+  reset_mbarriers();
   if (launch.request->smem_bytes == 0) return;
   // An upper bound: every array may need a gap and a partial gap around it.
   const size_t bytes = round_up(launch.request->smem_bytes, kGap) + 3 * kGap * kMaxSharedArrays;
@@ -153,6 +158,7 @@ void* shared_pointer(uint32_t address, int bytes, const Site& site) {
   if (address % bytes != 0) {
     fail(format("shared address 0x%x is not aligned to %d bytes", address, bytes), site);
   }
+  current->last_address = address;
   return const_cast<char*>(memory);
 }
 

@@ -68,6 +68,8 @@ struct Thread {
   // Of the asynchronous proxy (proxy.cpp, tma.cpp).
   uint32_t fences = 0;
   unsigned store_commits = 0;
+  uint32_t last_address = 0;  // of shared memory that ptx:: was asked for
+  int registers = 0;          // registers.cpp
 };
 
 struct Warp {
@@ -105,6 +107,11 @@ struct Block {
   uint32_t runnable_warps = 0;
   int cursor = 0;  // the thread that ran last
   int slow_warp = -1;
+  int slower_warp = -1;
+  uint64_t picks = 0;            // of a thread to run
+  bool is_asynchronous = false;  // whether it uses mbarriers
+  int free_registers = 0;
+  uint32_t waiting_for_registers[kMaxWarps] = {};
   uint64_t quiet_atomics = 0;  // atomics since anything else happened
   Thread threads[kMaxThreads];
   Warp warps[kMaxWarps];
@@ -130,10 +137,16 @@ extern Thread* current;  // nullptr on the host
 // Takes the running thread off the processor until wake() names it.
 void wait_for_wake(const char* what, const Site& site);
 void wake(int warp, uint32_t lanes);
+// Lets others run until so many threads have been picked, or none of them can run.
+void pause(int picks, const char* what, const Site& site);
+// Called by the first use of an mbarrier: from now on every access by ptx:: is looked at.
+void note_asynchronous();
 // Called for everything but an atomic: someone got further.
 inline void note_progress() { block.quiet_atomics = 0; }
 
 void reset_shared_memory();
+// As memset, unseen by the sanitizers.
+void fill_bytes(char* begin, size_t bytes, int value);
 void check_shared_memory();
 void release_shared_memory();
 Site oldest_copy_site();
@@ -166,21 +179,51 @@ void check_clean(uint32_t address, int bytes, const char* what, const Site& site
 // The memory behind an address, for the core's own reads: inside one array, of any alignment.
 const char* shared_bytes_at(uint32_t address, int bytes, const Site& site);
 // Called by what writes: a thread, or the asynchronous proxy.
-void note_store(uint32_t address, int bytes);
+void note_store(uint32_t address, int bytes, const Thread& thread);
 void note_async_write(uint32_t address, int bytes);
 void reset_proxy();
 
+// mbarrier.cpp
+void need_sm90(const char* what, const Site& site);
+void reset_mbarriers();
+// Bytes that a copy will land for a barrier, which must have been announced; and their landing.
+void promise_bytes(uint32_t address, int bytes, const char* what, const Site& site);
+void land_bytes(uint32_t address, int bytes);
+bool is_waited_for(uint32_t address);
+std::string describe_mbarriers();
+
+// tma.cpp
+void reset_copies();
+void land_at_random();
+// Lands a copy that some thread waits for; false if there is none.
+bool land_when_idle();
+void check_not_in_flight(uint32_t address, int bytes, const char* what, const Site& site);
+void check_stores_at_exit(const Thread& thread);
+void check_loads_at_end();
+
+// registers.cpp
+void reset_registers();
+void check_registers_at_end();
+
+// wgmma.cpp: what a thread leaves behind when it ends is an error.
 void reset_wgmma();
-// What a thread leaves behind of its wgmma when it ends (wgmma.cpp).
 void check_wgmma_at_exit(const Thread& thread);
 
 // --- options, reports (control.cpp, report.cpp) -------------------------------------------------
 
 enum class Schedule : uint8_t { kForward, kReverse, kRandom };
 
+// When a tma_load lands: when nothing else can happen, when it starts, or somewhere between.
+enum class Landing : uint8_t { kLatest, kEarly, kRandom };
+
 struct Options {
+  static constexpr int kSlowWarpByChance = -1;  // in the random schedule alone
+  static constexpr int kNoSlowWarp = -2;
+
   Schedule schedule = Schedule::kForward;
   uint64_t seed = 1;
+  Landing landing = Landing::kLatest;
+  int slow_warp = kSlowWarpByChance;
   const GpuModel* gpu = nullptr;
   bool exact_approximations = false;
   bool mma_in_double = false;
