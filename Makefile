@@ -20,7 +20,7 @@ INSTALL := $(PIP) install -qq
 STAMPS := $(VENV)/.stamps
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(shell find cmake csrc -type f)
 EMULATOR_FILES := $(BUILD_FILES) $(shell find tests/emulator -type f -not -name '*.pyc' 2>/dev/null)
-CPP_FILES = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 # The architectures of the GPUs here, as CMake wants them; empty without a GPU.
 GPU_ARCHS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
