@@ -1,10 +1,10 @@
-"""Judges the machine code of the sm_90a prefill kernel: how many products it has, where it waits for
-them, and whether the exponentials run beneath them.
+"""Judges the machine code of the sm_90a prefill kernel: how many products it has, where it waits
+for them, and whether the exponentials run beneath them.
 
     python tests/sass_sm90.py [--binary FILE]
 
-compiles csrc/kernels/attention/prefill_sm90.cu, or reads a binary, and prints a line a variant. What
-is judged here is decided by ptxas alone: it may serialise products, or draw a wait to another
+compiles csrc/kernels/attention/prefill_sm90.cu, or reads a binary, and prints a line a variant.
+What is judged here is decided by ptxas alone: it may serialise products, or draw a wait to another
 place, without an error.
 """
 

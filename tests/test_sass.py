@@ -24,8 +24,9 @@ KERNEL_FOLDER = ROOT / "csrc" / "kernels"
 MAX_BYTES = 40 * 10**6  # of every architecture together; a wheel is no larger
 
 # Instructions that a kernel must hold, by its name "source: kernel<arguments>"; the first pattern
-# that matches says. HMMA and HGMMA multiply on the tensor cores, LDSM loads fragments for the first;
-# LDGSTS and UTMALDG copy to shared memory while others work, SYNCS is a barrier that waits for them.
+# that matches says. HMMA and HGMMA multiply on the tensor cores, LDSM loads fragments for the
+# first; LDGSTS and UTMALDG copy to shared memory while others work, UTMASTG copies from there, and
+# SYNCS is a barrier that counts what has arrived.
 NEEDED = (
     (r"\S+: (combine|append)\w*_kernel", ()),  # splits are added up, slots are written: no products
     (r"prefill_sm90: ", ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS")),  # copies by boxes
