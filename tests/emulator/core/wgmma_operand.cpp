@@ -99,14 +99,15 @@ void widen_by_rows(const WgmmaOperand& operand, float* values) {
   }
 }
 
-void multiply_in_double(const float* a, const float* b, float* d, int columns) {
+void multiply_in_double(const float* a, const float* b, bool accumulate, float* d, int columns) {
   for (int row = 0; row < kWgmmaRows; ++row) {
     for (int column = 0; column < columns; ++column) {
-      double sum = d[row * columns + column];
+      float& element = d[row * columns + column];
+      double sum = accumulate ? element : 0.0f;
       for (int k = 0; k < kWgmmaDepth; ++k) {
         sum += static_cast<double>(a[k * kWgmmaRows + row]) * b[k * columns + column];
       }
-      d[row * columns + column] = static_cast<float>(sum);
+      element = static_cast<float>(sum);
     }
   }
 }
@@ -116,7 +117,8 @@ using Vector = float __attribute__((vector_size(32), aligned(4), may_alias));
 // Sums in the order of the depth, in lanes of a vector that never meet: the same bits with any
 // width of registers. Contraction would change them, so no clone has it.
 __attribute__((target_clones("avx2", "default"))) void multiply_in_single(const float* a,
-                                                                          const float* b, float* d,
+                                                                          const float* b,
+                                                                          bool accumulate, float* d,
                                                                           int columns) {
   constexpr int kRows = 8;  // sums that go on side by side
   constexpr int kWidth = 8;
@@ -124,7 +126,8 @@ __attribute__((target_clones("avx2", "default"))) void multiply_in_single(const 
     for (int column = 0; column < columns; column += kWidth) {
       Vector sums[kRows];
       for (int i = 0; i < kRows; ++i) {
-        sums[i] = *reinterpret_cast<const Vector*>(d + (row + i) * columns + column);
+        sums[i] = accumulate ? *reinterpret_cast<const Vector*>(d + (row + i) * columns + column)
+                             : Vector{};
       }
       for (int k = 0; k < kWgmmaDepth; ++k) {
         const Vector right = *reinterpret_cast<const Vector*>(b + k * columns + column);
@@ -223,12 +226,9 @@ void widen_registers(const uint32_t (&registers)[kWarpSize][4], bool is_bf16, fl
   }
 }
 
-void multiply_accumulate(const float* a, const float* b, float* d, int columns) {
-  if (options().mma_in_double) {
-    multiply_in_double(a, b, d, columns);
-  } else {
-    multiply_in_single(a, b, d, columns);
-  }
+void multiply(const float* a, const float* b, bool accumulate, float* d, int columns) {
+  const auto how = options().mma_in_double ? multiply_in_double : multiply_in_single;
+  how(a, b, accumulate, d, columns);
 }
 
 }  // namespace exafuse::emulator
