@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from emulator import build, sanitizers
-from emulator.control import SCHEDULES, Emulator
+from emulator.control import LANDINGS, SCHEDULES, Emulator
 
 ROOT = build.ROOT
 pytestmark = pytest.mark.emulated
@@ -72,7 +72,56 @@ PLAIN = {
     "bug box released before it was used": "tma_load in flight|overrun|row 0, column 0",
     "bug store of a box without proxy fence": "tma_store meets.*not called fence_proxy_async since",
     "bug store of a box not waited for": "belongs to a tma_store that has not read it",
+    "bug wgmma without a fence": r"no wgmma_fence\(\) since the last commit",
+    "bug wgmma never committed": r"no wgmma_commit\(\) closes",
+    "bug wgmma never awaited": "ends with wgmma in flight",
+    "bug wgmma accumulator not named": "does not name its accumulator",
+    "bug wgmma operand not named": "does not name its operand a",
+    "bug wgmma accumulator in flight": "names an accumulator still in flight",
+    "bug wgmma accumulator written in flight": "accumulator of the wgmma.*written while in flight",
+    "bug wgmma operand written in flight": "operand a of the wgmma.*written while in flight",
+    "bug wgmma operand stored without a fence": "wgmma meets.*not called fence_proxy_async since",
+    "bug wgmma of different operands": "another product than a warp of the same warpgroup",
+    "bug wgmma of three warps": "issued 4 wgmma, warp 2 only 0",
+    "bug wgmma step of 64 bytes": "inside the first row of an atom",
+    "bug hopper mbarriers without a fence": "no fence_mbarrier_init followed",
+    "bug hopper keys not empty": "more arrivals at mbarrier|overrun",
+    "bug hopper half the bytes expected": "awaits only 0 more",
+    "bug hopper parity of empty keys": "deadlock.*mbarrier_wait",
+    "bug hopper empty count of one": "overrun|operand b of the wgmma.*overwritten while in flight",
+    "bug hopper values behind the last key": "is off by -?nan",
+    "bug hopper products without a fence": r"no wgmma_fence\(\) since the last commit",
+    "bug hopper queries not awaited": "belongs to a tma_load in flight",
+    "bug hopper values not awaited": "the thread was overrun",
+    "bug hopper wait for one group too few": "names an accumulator still in flight",
+    "bug hopper turn not passed": "deadlock.*bar_sync",
+    "bug hopper barrier inside a turn": "deadlock.*bar_sync.*bar_sync",
+    "bug hopper strides swapped": "bytes between groups of eight rows, expected 1024",
+    "bug hopper step of 64 bytes": "inside the first row of an atom",
+    "bug hopper adds to old scores": r"row \d+ is off by",
+    "bug hopper output rescaled in flight": "accumulator of the wgmma.*written while in flight",
+    "bug hopper probs packed in flight": "operand a of the wgmma.*written while in flight",
+    "bug hopper output without a fence": "tma_store meets.*not called fence_proxy_async since",
+    "bug hopper output not swizzled": r"row \d+ is off by",
+    "bug hopper output not awaited": "belongs to a tma_store that has not read it",
 }
+
+# Those that come out when threads pause where others could overtake them, and when one warp is
+# behind the others.
+OVERTAKEN = {
+    "bug hopper keys released early": "operand b of the wgmma.*overwritten while in flight",
+    "bug hopper values released early": "operand b of the wgmma.*overwritten while in flight",
+}
+SLOW_WARP = {
+    "bug hopper release by one warp of four": "operand b of the wgmma.*overwritten while in flight",
+}
+
+# Wherever copies land; one that has landed early hides what did not wait for it.
+ANY_LANDING = [
+    name
+    for name in PLAIN
+    if name.startswith("bug hopper ") and name != "bug hopper queries not awaited"
+]
 
 # Wrong kernels whose numbers may come out right, and the report of the sanitizer that sees them.
 ASAN = {
@@ -117,7 +166,8 @@ def _load(variant: str):
 
 def test_every_wrong_kernel_is_named_here(honesty):
     wrong = {name for name in honesty.names() if name.startswith("bug ")}
-    assert wrong == PLAIN.keys() | ASAN.keys() | TSAN.keys()
+    named = PLAIN.keys() | OVERTAKEN.keys() | SLOW_WARP.keys() | ASAN.keys() | TSAN.keys()
+    assert wrong == named
     assert len(wrong) >= 16
 
 
@@ -130,6 +180,50 @@ def test_plain_build_catches(honesty, emulator, name, schedule):
     ):
         honesty.run(name)
     assert re.search(PLAIN[name], str(caught.value), re.DOTALL), caught.value
+
+
+@pytest.mark.parametrize("landing", LANDINGS[1:])
+@pytest.mark.parametrize("name", ANY_LANDING)
+def test_plain_build_catches_whenever_copies_land(honesty, emulator, name, landing):
+    with (
+        emulator.schedule("random", seed=8, landing=landing),
+        pytest.raises((RuntimeError, AssertionError), match=f"(?s){PLAIN[name]}"),
+    ):
+        honesty.run(name)
+
+
+@pytest.mark.parametrize("landing", LANDINGS)
+@pytest.mark.parametrize("name", OVERTAKEN)
+def test_pauses_bring_out_what_is_overtaken(honesty, emulator, name, landing):
+    for seed in (1, 2, 3):
+        with (
+            emulator.schedule("random", seed, landing),
+            pytest.raises(RuntimeError, match=f"(?s){OVERTAKEN[name]}"),
+        ):
+            honesty.run(name)
+
+
+@pytest.mark.parametrize("landing", LANDINGS)
+@pytest.mark.parametrize("schedule", ["forward", "reverse"])
+@pytest.mark.parametrize("name", SLOW_WARP)
+def test_a_slow_warp_brings_out_who_does_not_wait_for_it(
+    honesty, emulator, name, schedule, landing
+):
+    with (
+        emulator.schedule(schedule, 7, landing, slow_warp=5),
+        pytest.raises(RuntimeError, match=f"(?s){SLOW_WARP[name]}"),
+    ):
+        honesty.run(name)
+
+
+def test_a_correct_kernel_of_sm_90_has_the_same_bits_in_a_hundred_schedules(honesty, emulator):
+    warps = 12
+    for seed in range(108):
+        schedule = SCHEDULES[seed % 3]
+        landing = LANDINGS[seed // 3 % 3]
+        slow_warp = "chance" if seed % 2 == 0 else seed // 9 % warps
+        with emulator.schedule(schedule, seed, landing, slow_warp):
+            honesty.run("ok hopper attention")  # compares with its first run in this process
 
 
 def test_correct_kernels_pass_in_every_schedule(honesty, emulator):
