@@ -30,6 +30,8 @@ class Backend:
     name: str  # "emulated" or "gpu", as case_counts knows them
     ops: ModuleType
     device: torch.device
+    # Whether prefill takes another kernel where rows are not aligned, with other bits.
+    aligned_prefill_apart: bool = False
 
     def give(self, view: torch.Tensor) -> torch.Tensor:
         """`view` on the device: same strides, same offset within a buffer of the same bytes."""
@@ -62,7 +64,8 @@ def _emulated() -> Backend:
 
 
 def _gpu() -> Backend:
-    return Backend("gpu", ops.for_path("cuda"), torch.device("cuda"))
+    is_sm90 = torch.cuda.get_device_capability() == (9, 0)
+    return Backend("gpu", ops.for_path("cuda"), torch.device("cuda"), is_sm90)
 
 
 _MAKERS: dict[str, Callable[[], Backend]] = {"emulated": _emulated, "gpu": _gpu}
