@@ -12,21 +12,18 @@ namespace {
 constexpr uint32_t kGranuleBytes = 16;
 constexpr uint32_t kWordBytes = 4;
 
-// By address; empty until the block first writes something that the proxy cares about.
+// By address. They take their memory on the host, between blocks.
 std::vector<uint64_t> moments;  // of each granule
 std::vector<uint32_t> writers;  // of each word: fences of the thread, its number + 1; 0: nobody
 uint64_t now = 0;
+bool all_clear = true;  // whether nobody has written
 
 uint32_t writer_of(const Thread& thread) {
   return thread.fences * (2 * kMaxThreads) + static_cast<uint32_t>(thread.id) + 1;
 }
 
 void write(uint32_t address, int bytes, uint32_t writer) {
-  if (moments.empty()) {
-    const size_t end = block.shared_capacity + kSharedBase;
-    moments.assign(end / kGranuleBytes + 1, 0);
-    writers.assign(end / kWordBytes + 1, 0);
-  }
+  all_clear = false;
   const uint64_t moment = tick();
   const uint32_t last = address + bytes - 1;
   for (uint32_t i = address / kGranuleBytes; i <= last / kGranuleBytes; ++i) moments[i] = moment;
@@ -38,7 +35,7 @@ void write(uint32_t address, int bytes, uint32_t writer) {
 uint64_t tick() { return ++now; }
 
 uint64_t written_at(uint32_t address, int bytes) {
-  if (moments.empty()) return 0;
+  if (all_clear) return 0;
   uint64_t latest = 0;
   const uint32_t last = address + bytes - 1;
   for (uint32_t i = address / kGranuleBytes; i <= last / kGranuleBytes; ++i) {
@@ -48,7 +45,7 @@ uint64_t written_at(uint32_t address, int bytes) {
 }
 
 void check_clean(uint32_t address, int bytes, const char* what, const Site& site) {
-  if (writers.empty()) return;
+  if (all_clear) return;
   const uint32_t last = address + bytes - 1;
   for (uint32_t i = address / kWordBytes; i <= last / kWordBytes; ++i) {
     if (writers[i] == 0) continue;
@@ -85,9 +82,12 @@ void fence_proxy_async(const Site& site) {
 }
 
 void reset_proxy() {
-  moments.clear();
-  writers.clear();
   now = 0;
+  const size_t end = block.shared_capacity + kSharedBase;
+  if (all_clear && moments.size() > end / kGranuleBytes) return;
+  moments.assign(end / kGranuleBytes + 1, 0);
+  writers.assign(end / kWordBytes + 1, 0);
+  all_clear = true;
 }
 
 }  // namespace exafuse::emulator

@@ -225,6 +225,7 @@ void prepare_block(const uint3& index, uint64_t sequence) {
   block.picks = 0;
   block.is_asynchronous = false;
   pauses.clear();
+  pauses.reserve(kMaxThreads);
   for (int w = 0; w < block.num_warps; ++w) block.warps[w] = Warp();
   for (Barrier& barrier : block.barriers) barrier = Barrier();
   for (int id = 0; id < block.num_threads; ++id) {

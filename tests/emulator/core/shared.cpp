@@ -65,7 +65,6 @@ void fill_bytes(char* begin, size_t bytes, int value) {
 
 void reset_shared_memory() {
   block.num_arrays = 0;
-  reset_proxy();
   reset_copies();
   reset_mbarriers();
   if (launch.request->smem_bytes == 0) return;
@@ -82,11 +81,14 @@ void reset_shared_memory() {
   }
 #endif
   if (block.shared == nullptr) throw std::bad_alloc();
+  reset_proxy();
 }
 
 void release_shared_memory() {
 #if defined(EXAFUSE_EMULATOR_TSAN)
-  if (block.shared != nullptr) free_after_block(block.shared, &block.ended);
+  // Threads of a failed launch have not ended: to ThreadSanitizer they may still write there.
+  const bool all_ended = launch.error == nullptr;
+  if (block.shared != nullptr && all_ended) free_after_block(block.shared, &block.ended);
   block.shared = nullptr;
 #endif
 }

@@ -12,6 +12,8 @@ namespace {
 
 constexpr int kPoison = 0xFF;
 constexpr uint32_t kSwizzleBytes = 1024;
+// Memory is taken on the host: to ThreadSanitizer a thread must not free another's.
+constexpr size_t kMaxInFlight = 1024;
 
 struct Load {
   Box box;
@@ -124,6 +126,8 @@ void check_overlap(const Box& box, const char* what, const Site& site) {
 void reset_copies() {
   loads.clear();
   stores.clear();
+  loads.reserve(kMaxInFlight);
+  stores.reserve(kMaxInFlight);
 }
 
 void check_box(const Box& box, const char* what, const Site& site) {
@@ -148,6 +152,7 @@ void start_load(const Box& box, uint32_t barrier, uint64_t digest, const Site& s
                 box.smem, describe(store.site).c_str()),
          site);
   }
+  if (loads.size() == kMaxInFlight) fail("more than 1024 TMA loads in flight", site);
   fill_bytes(block.shared + (box.smem - kSharedBase), bytes_of(box), kPoison);
   note_async_write(box.smem, bytes_of(box));
   loads.push_back({box, barrier, digest, written_at(box.smem, 1), current->id, site});
@@ -166,6 +171,7 @@ void start_store(const Box& box, const Site& site) {
     check_clean(first_address(box), bytes_read(box), "tma_store", site);
     check_overlap(box, "tma_store", site);
   }
+  if (stores.size() == kMaxInFlight) fail("more than 1024 TMA stores unread", site);
   stores.push_back({box, tick(), current->id, current->store_commits, site});
   if (options().count) {
     counts().global_written += box.inside_bytes();
