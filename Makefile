@@ -32,7 +32,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo demo-words test test-quick test-mutants test-full test-gpu lint install emulator clean
+.PHONY: help demo demo-words test test-quick test-mutants test-full test-gpu gpu-hopper lint install emulator clean
 
 help:
 	@echo "make demo          install, fetch a small real model, generate, verify"
@@ -41,6 +41,7 @@ help:
 	@echo "make test-mutants  wrong kernels must be noticed (MUTANTS=changed or all)"
 	@echo "make test-full     all mutants, ten times the cases, all architectures: by hand"
 	@echo "make test-gpu      the kernel tests on the GPU here, with its sanitizers; writes the ledger"
+	@echo "make gpu-hopper    Hopper's prefill kernel on the GPU here: probes, tests, timings of its tiles"
 	@echo "make lint          ruff, mypy, clang-format, house rules"
 	@echo "make clean         remove builds; .venv and the model in .cache stay"
 
@@ -161,6 +162,11 @@ test-full: test
 # Resumes: what is green and unchanged is not run again. GPU_ARGS: --only KERNEL, --minutes N, ...
 test-gpu: $(STAMPS)/test
 	$(BIN)/python tests/gpu_ledger.py $(GPU_ARGS)
+
+# Hopper's prefill kernel alone: instructions, tests, sanitizers, timings. Resumes too; GPU_ARGS:
+# --minutes N, --force, --keep-going.
+gpu-hopper: $(STAMPS)/test
+	$(BIN)/python tests/hopper_gpu.py $(GPU_ARGS)
 
 lint: $(STAMPS)/test
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kernel_tests import tests_of
+from kernel_tests import environment_of, tests_of
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -95,13 +95,15 @@ def command_for(check: str, kernel: str, sanitizer: str | None) -> list[str]:
     ]
 
 
-def environment_for(check: str) -> dict[str, str]:
-    """The environment of a check: this one, without what would change what is tested."""
+def environment_for(check: str, kernel: str = "") -> dict[str, str]:
+    """The environment of a check: this one, without what would change what is tested, and with
+    what chooses the kernel where its op has several."""
     kept = {name: x for name, x in os.environ.items() if not name.startswith("EXAFUSE_")}
     kept.pop("PYTEST_ADDOPTS", None)
     kept.pop("PYTORCH_CUDA_ALLOC_CONF", None)
     paths = [str(TESTS), str(ROOT / "python"), *kept.get("PYTHONPATH", "").split(os.pathsep)]
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    kept |= environment_of(kernel)
     if check != "tests":
         # torch's cache hands out parts of large blocks, in which no access is out of bounds.
         kept["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"

@@ -57,6 +57,11 @@ def tests_of(kernel: str) -> tuple[str, ...]:
     return _first(_LISTED, kernel) or (f"test_{Path(kernel).name}.py",)
 
 
+def environment_of(kernel: str) -> dict[str, str]:
+    """What makes a GPU that has another kernel for the same calls take this one."""
+    return {"EXAFUSE_ATTENTION": "sm80"} if kernel == "attention/prefill_sm80" else {}
+
+
 def corner_tests_of(kernel: str) -> str:
     """The test file of a few seconds that goes through the kernel in all ways."""
     if fnmatch(kernel, "attention/vision*"):

@@ -213,6 +213,14 @@ def test_processes_end_at_their_limit() -> None:
     assert done.seconds < 30
 
 
+def test_a_kernel_behind_another_is_chosen() -> None:
+    """An sm_90 GPU would run the tests of the sm_80 kernel on its own one."""
+    environment = gpu_checks.environment_for("tests", "attention/prefill_sm80")
+    assert environment["EXAFUSE_ATTENTION"] == "sm80"
+    for kernel in ("attention/prefill_sm90", "attention/decode", "rms_norm"):
+        assert "EXAFUSE_ATTENTION" not in gpu_checks.environment_for("tests", kernel)
+
+
 def test_programs_named_compute_sanitizer(monkeypatch, tmp_path) -> None:
     """A stand-in runs the real pytest command; without a GPU nothing of it may look green."""
     tool = tmp_path / "compute-sanitizer"
