@@ -8,7 +8,7 @@ namespace exafuse::emulator {
 
 bool same_place(const Site& a, const Site& b) {
   return a.line() == b.line() && a.column() == b.column() &&
-         std::strcmp(a.file_name(), b.file_name()) == 0;
+         (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
 }
 
 namespace {

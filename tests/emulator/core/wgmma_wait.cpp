@@ -32,9 +32,12 @@ uint32_t word_at(const void* address) {
 }
 
 bool is_poisoned(const WgmmaAccumulator& accumulator, int lane) {
+  const uint32_t even = wgmma_poison(0);
+  const uint32_t odd = wgmma_poison(1);
   uint32_t difference = 0;
-  for (int i = 0; i < accumulator.columns / 2; ++i) {
-    difference |= word_at(accumulator.d[lane] + i) ^ wgmma_poison(i);
+  for (int i = 0; i < accumulator.columns / 2; i += 2) {
+    difference |= word_at(accumulator.d[lane] + i) ^ even;
+    difference |= word_at(accumulator.d[lane] + i + 1) ^ odd;
   }
   return difference == 0;
 }
