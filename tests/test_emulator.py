@@ -100,6 +100,7 @@ PLAIN = {
     "bug hopper step of 64 bytes": "inside the first row of an atom",
     "bug hopper adds to old scores": r"row \d+ is off by",
     "bug hopper output rescaled in flight": "accumulator of the wgmma.*written while in flight",
+    "bug hopper output rescaled after the fence": r"written after wgmma_fence\(\)",
     "bug hopper probs packed in flight": "operand a of the wgmma.*written while in flight",
     "bug hopper output without a fence": "tma_store meets.*not called fence_proxy_async since",
     "bug hopper output not swizzled": r"row \d+ is off by",

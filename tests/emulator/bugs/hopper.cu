@@ -139,10 +139,11 @@ const Register b16("bug hopper strides swapped", wrong<kStridesSwapped>);
 const Register b17("bug hopper step of 64 bytes", wrong<kStepOf64Bytes>);
 const Register b18("bug hopper adds to old scores", wrong<kAddsToOldScores>);
 const Register b19("bug hopper output rescaled in flight", wrong<kRescaleInFlight>);
-const Register b20("bug hopper probs packed in flight", wrong<kPackInFlight>);
-const Register b21("bug hopper output without a fence", wrong<kNoProxyFence>);
-const Register b22("bug hopper output not swizzled", wrong<kNotSwizzled>);
-const Register b23("bug hopper output not awaited", wrong<kStoreNotAwaited>);
+const Register b20("bug hopper output rescaled after the fence", wrong<kRescaleAfterFence>);
+const Register b21("bug hopper probs packed in flight", wrong<kPackInFlight>);
+const Register b22("bug hopper output without a fence", wrong<kNoProxyFence>);
+const Register b23("bug hopper output not swizzled", wrong<kNotSwizzled>);
+const Register b24("bug hopper output not awaited", wrong<kStoreNotAwaited>);
 
 }  // namespace
 }  // namespace honesty

@@ -33,6 +33,7 @@ enum class Mistake {
   kStepOf64Bytes,
   kAddsToOldScores,
   kRescaleInFlight,
+  kRescaleAfterFence,
   kPackInFlight,
   // The output.
   kNoProxyFence,

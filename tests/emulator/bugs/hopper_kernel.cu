@@ -89,6 +89,7 @@ class Consumer {
       b = (b & ~(kMask << 16 | kMask << 32)) | group << 16 | panel << 32;
     }
     if (!is(Mistake::kNoWgmmaFence)) ptx::wgmma_fence();
+    if (is(Mistake::kRescaleAfterFence)) rescale();
     for (int step = 0; step < kSteps; ++step) {
       ptx::wgmma_rs<T, kHeadDim>(out_, probs_[step], b + step * 16 * kRowBytes / 16, true);
     }
@@ -133,7 +134,7 @@ class Consumer {
       if (is(Mistake::kPackInFlight)) pack();
       ptx::wgmma_wait<0>(out_, probs_);
       if (!is(Mistake::kEarlyReleaseOfValues)) release(Shared::kEmptyV, previous);
-      if (!is(Mistake::kRescaleInFlight)) rescale();
+      if (!is(Mistake::kRescaleInFlight) && !is(Mistake::kRescaleAfterFence)) rescale();
       if (!is(Mistake::kPackInFlight)) pack();
     }
     wait_for_values(ring_);

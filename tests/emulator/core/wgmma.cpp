@@ -24,6 +24,21 @@ struct Step {
 
 Step steps[kMaxWarps / kWarpsOfGroup][kMaxSteps];
 
+// What a lane has given to products so far, and what it held at the lane's newest fence.
+struct Registers {
+  const void* begin;
+  int words;
+  bool known;  // `digest` is
+  uint64_t digest;
+};
+constexpr int kMaxRegisters = 48;
+
+struct LaneRegisters {
+  int count;
+  Registers all[kMaxRegisters];
+};
+LaneRegisters given[kMaxThreads];
+
 bool in_use = false;  // since the last reset
 
 bool same_call(const WgmmaCall& x, const WgmmaCall& y) {
@@ -79,6 +94,38 @@ void join_accumulator(WgmmaAccumulator& accumulator, const WgmmaCall& call, int 
   } else if (accumulator.d[lane] != call.d) {
     fail(format("wgmma: lane %d gives another accumulator than the lanes before it", lane), site);
   }
+}
+
+uint64_t digest_of(const Registers& registers) {
+  uint64_t sum = 0;
+  for (int i = 0; i < registers.words; ++i) {
+    uint32_t word;
+    std::memcpy(&word, static_cast<const uint32_t*>(registers.begin) + i, sizeof(word));
+    sum += word * (uint64_t{0x9E3779B97F4A7C15u} * (2 * i + 1));
+  }
+  return sum;
+}
+
+bool is_in_flight(const void* d) {
+  for (const WgmmaAccumulator& one : wgmma_accumulators[current->warp]) {
+    if (one.in_flight && (one.lanes >> current->lane & 1) != 0 && one.d[current->lane] == d) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// Registers that a product takes must hold what they held at the fence. Of those that no product
+// has taken before nothing is known.
+void check_fenced(const void* begin, int words, const Site& site) {
+  LaneRegisters& lane = given[current->id];
+  for (int i = 0; i < lane.count; ++i) {
+    Registers& one = lane.all[i];
+    if (one.begin != begin || one.words != words) continue;
+    if (!one.known || is_in_flight(begin) || digest_of(one) == one.digest) return;
+    fail("wgmma of registers that were written after wgmma_fence()", site);
+  }
+  if (lane.count < kMaxRegisters) lane.all[lane.count++] = {begin, words, false, 0};
 }
 
 // All four warps must come with the same operands: what they say is checked against the first.
@@ -156,6 +203,7 @@ void reset_wgmma() {
     wgmma_warps[warp] = WgmmaWarp();
     for (WgmmaAccumulator& one : wgmma_accumulators[warp]) one.in_flight = false;
   }
+  for (LaneRegisters& lane : given) lane.count = 0;
   for (auto& group : steps) {
     for (Step& step : group) step.count = 0;
   }
@@ -164,6 +212,11 @@ void reset_wgmma() {
 void wgmma_fence(const Site&) {
   in_use = true;
   wgmma_warps[current->warp].lanes[current->lane].fenced = true;
+  LaneRegisters& lane = given[current->id];
+  for (int i = 0; i < lane.count; ++i) {
+    lane.all[i].known = !is_in_flight(lane.all[i].begin);
+    if (lane.all[i].known) lane.all[i].digest = digest_of(lane.all[i]);
+  }
 }
 
 void wgmma_issue(const WgmmaCall& call, const Site& site) {
@@ -186,8 +239,10 @@ void wgmma_issue(const WgmmaCall& call, const Site& site) {
                 describe(product.site).c_str()),
          site);
   }
+  check_fenced(call.d, call.columns / 2, site);
   join_accumulator(wgmma_accumulators[current->warp][product.accumulator], call, lane, site);
   if (call.a != nullptr) {
+    check_fenced(call.a, 4, site);
     product.registers[lane] = call.a;
     std::memcpy(product.values[lane], call.a, sizeof(product.values[lane]));
   }
