@@ -89,11 +89,16 @@ def listed_archs(binary: Path) -> list[str]:
     return sorted(f"sm_{arch}" for arch in re.findall(r"(\d+a?)-real", listed))
 
 
-def _lines(*command: str) -> Iterator[str]:
+def lines_of(*command: str, quiet: bool = False) -> Iterator[str]:
+    """What one of the tools prints; `quiet` leaves out its warnings."""
     # cuobjdump looks for nvdisasm on the PATH.
     path = f"{Path(find_tool('nvdisasm')).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PATH": path}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL if quiet else None,
+        text=True,
+        env={**os.environ, "PATH": path},
     ) as process:
         assert process.stdout is not None
         yield from process.stdout
@@ -131,7 +136,7 @@ def read(binary: Path, disassemble: bool = True) -> Kernels:
     """Every kernel in the binary, for each architecture it holds machine code for."""
     archs: dict[str, dict[str, Kernel]] = {}
     arch = function = ""
-    for line in _lines(find_tool("cuobjdump"), "--dump-resource-usage", str(binary)):
+    for line in lines_of(find_tool("cuobjdump"), "--dump-resource-usage", str(binary)):
         if match := re.match(r"arch = (\w+)", line):
             arch = match[1]
         elif match := re.match(r"\s*Function (\S+):", line):
@@ -140,7 +145,7 @@ def read(binary: Path, disassemble: bool = True) -> Kernels:
             archs.setdefault(arch, {})[function] = Kernel(*map(int, match.groups()))
     if disassemble:
         kernel: Kernel | None = None
-        for line in _lines(find_tool("cuobjdump"), "-sass", str(binary)):
+        for line in lines_of(find_tool("cuobjdump"), "-sass", str(binary)):
             if match := _INSTRUCTION.match(line):
                 assert kernel is not None
                 kernel.opcodes[match[1]] += 1

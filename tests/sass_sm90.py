@@ -163,7 +163,7 @@ def listings(binary: Path) -> dict[str, Listing]:
     symbols = sorted(
         {
             found[1]
-            for line in compiled_kernels._lines(*usage)
+            for line in compiled_kernels.lines_of(*usage)
             if (found := re.match(r"\s*Function (\S+):", line)) and KERNEL in found[1]
         }
     )
@@ -171,8 +171,9 @@ def listings(binary: Path) -> dict[str, Listing]:
         return {}
     lines: dict[str, list[str]] = {}
     symbol = ""
+    # It warns of every cubin of the file that lacks the functions.
     sass = [tool, "-arch", ARCH, "-sass", "-fun", ",".join(symbols), str(binary)]
-    for line in compiled_kernels._lines(*sass):
+    for line in compiled_kernels.lines_of(*sass, quiet=True):
         if match := re.match(r"\s*Function : (\S+)", line):
             symbol = match[1]
         elif symbol:

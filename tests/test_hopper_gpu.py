@@ -310,7 +310,6 @@ print("problems:", hopper_timings.problems(rows))
 
 
 @pytest.mark.emulated
-@pytest.mark.slow
 def test_a_shape_is_measured_on_the_emulator() -> None:
     from kernel_backends import _emulated, emulator_library
 
