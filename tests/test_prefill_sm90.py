@@ -94,7 +94,7 @@ def run_random(
         others += took(emulator, "prefill_sm80_kernel") and call.k.numel() > 0
     if backend.name == "emulated":
         assert others == 0, (ours, others)
-        assert ours > 0.8 * cases, (ours, others)  # some have no queries
+        assert ours > 0.7 * cases, (ours, others)  # some have no queries
     backend.count(cases)
 
 
@@ -292,7 +292,8 @@ def test_schedules_of_caches(emulator: Emulator, emulated: Backend) -> None:
         expected = call.run(emulated)
         for number in range(6 * case_factor()):
             with emulator.schedule("random", seed=number, **knobs(number)):
-                results = call.run(emulated)
-            for ours, theirs in zip(results, expected, strict=True):
-                assert_bitwise_equal(ours, theirs, f"{kind}, schedule {number}")
+                result = call.run(emulated)
+            label = f"{kind}, schedule {number}"
+            assert_bitwise_equal(result.out, expected.out, label)
+            assert_bitwise_equal(result.lse, expected.lse, f"lse of {label}")
     emulated.count(12 * case_factor())

@@ -46,10 +46,10 @@ class Emulator:
         ]
 
     def set(self, name: str, value: object) -> None:
-        """``schedule`` forward|reverse|random, ``seed`` (int), ``gpu`` sm_80 (the default)|sm_90,
-        ``approx`` perturbed|exact, ``mma`` single|double, ``landing`` latest|early|random (when
-        copies of boxes arrive), ``slow_warp`` chance|none|(int): a warp that runs when no other
-        can; by chance in the random schedule."""
+        """``schedule`` forward|reverse|random, ``seed`` (int), ``gpu`` sm_80 (the default)|sm_90|
+        sm_90_small, ``approx`` perturbed|exact, ``mma`` single|double, ``landing``
+        latest|early|random (when copies of boxes arrive), ``slow_warp`` chance|none|(int): a warp
+        that runs when no other can; by chance in the random schedule."""
         if self._library.exafuse_emulator_set(name.encode(), str(value).encode()) != 0:
             raise ValueError(f"the emulator does not know {name}={value}")
 
