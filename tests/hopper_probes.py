@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -23,12 +24,17 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "cmake"), str(ROOT / "python")]
+
+import kernel_hash  # noqa: E402
+
 SOURCE = ROOT / "tests" / "hopper_probes.cu"
 LIBRARY = ROOT / "build" / "hopper" / "probes.so"
 
 PASSED, FAILED, REFUSED = 0, 1, 2
 BOX_COLUMNS, DEPTH, ROWS = 64, 128, 64
 WIDTHS = (64, 96, 128, 160, 176, 192)
+INTEGERS = {2: torch.int16, 4: torch.int32}
 OPERANDS = ("depth along row", "depth by row", "from registers")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,13 +73,14 @@ class Probes:
 
     def give(self, tensor: Tensor) -> Tensor:
         """On the device, at a multiple of 256 bytes as CUDA gives them, same strides."""
-        flat = torch.empty(tensor.untyped_storage().nbytes() + 256, dtype=torch.uint8)
-        flat = flat.to(self.device)
+        held = tensor.untyped_storage().nbytes()
+        flat = torch.zeros(held + 256, dtype=torch.uint8, device=self.device)
         start = -flat.data_ptr() % 256
-        storage = tensor.untyped_storage().nbytes()
-        found = flat[start : start + storage].view(tensor.dtype)
-        found = found.as_strided(tensor.shape, tensor.stride(), found.storage_offset())
-        return found.copy_(tensor)
+        # As whole numbers: moving a NaN as a number may change it.
+        bits = tensor.view(INTEGERS[tensor.itemsize])
+        found = flat[start : start + held].view(bits.dtype)
+        found = found.as_strided(bits.shape, bits.stride(), found.storage_offset())
+        return found.copy_(bits).view(tensor.dtype)
 
     def box(
         self, tensor: Tensor, rows: int, at: Sequence[int], image: Tensor, store: bool = False
@@ -168,7 +175,7 @@ def load_problem(probes: Probes, case: BoxCase) -> str:
     rows, columns, from_rows, from_columns = case.inside()
     source = tensor.view(torch.int16)[case.at[3], case.at[2]]
     wanted[rows, columns] = source[from_rows, from_columns]
-    return difference(image.cpu().view(torch.int16), swizzled(wanted))
+    return difference(image.view(torch.int16).cpu(), swizzled(wanted))
 
 
 def store_problem(probes: Probes, case: BoxCase) -> str:
@@ -176,12 +183,12 @@ def store_problem(probes: Probes, case: BoxCase) -> str:
     tensor = case.tensor(seed=2)
     given = probes.give(tensor)
     whole = BoxCase("", (1, case.rows, 1, BOX_COLUMNS), 0, case.at, case.dtype)
-    box = whole.tensor(seed=3)[0, 0].view(torch.int16)  # moving a NaN as a number may change it
+    box = whole.tensor(seed=3)[0, 0].view(torch.int16)
     probes.box(given, case.rows, case.at, probes.give(swizzled(box)), store=True)
     rows, columns, to_rows, to_columns = case.inside()
     wanted = tensor.view(torch.int16).clone()
     wanted[case.at[3], case.at[2], to_rows, to_columns] = box[rows, columns]
-    return difference(given.cpu().view(torch.int16).flatten(0, 2), wanted.flatten(0, 2))
+    return difference(given.view(torch.int16).cpu().flatten(0, 2), wanted.flatten(0, 2))
 
 
 def product_problem(probes: Probes, operands: str, width: int, dtype: str) -> str:
@@ -224,15 +231,22 @@ def all_probes() -> Iterator[tuple[str, Callable[[Probes], str]]]:
                 )
 
 
+def sources_hash() -> str:
+    """Of the probes and of the wrappers that they are about, without comments and white space."""
+    text = kernel_hash.normalized(SOURCE.read_text(encoding="utf-8"))
+    for header in ("common/ptx_sm90.cuh", "common/tensor_map.h"):
+        text += kernel_hash.source_hash(header)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def compile_library() -> Path:
     """Brings build/hopper/probes.so up to date; it runs on sm_90a alone."""
-    headers = [*(ROOT / "csrc" / "common").glob("*.h"), *(ROOT / "csrc" / "common").glob("*.cuh")]
-    newest = max(path.stat().st_mtime for path in [SOURCE, *headers])
-    if LIBRARY.exists() and LIBRARY.stat().st_mtime > newest:
+    note, wanted = LIBRARY.with_suffix(".hash"), sources_hash()
+    if LIBRARY.exists() and note.exists() and note.read_text(encoding="utf-8") == wanted:
         return LIBRARY
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        raise ProbeError(f"{LIBRARY} is not built, and nvcc is not on the PATH")
+        raise ProbeError(f"{LIBRARY} is not built from these sources, and nvcc is not on the PATH")
     LIBRARY.parent.mkdir(parents=True, exist_ok=True)
     toolkit = Path(nvcc).resolve().parents[1] / "lib"  # of the registry's wheels
     command = [
@@ -243,6 +257,7 @@ def compile_library() -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ProbeError(f"nvcc failed with {done.returncode}:\n{done.stdout}{done.stderr}")
+    note.write_text(wanted, encoding="utf-8")
     return LIBRARY
 
 
