@@ -259,22 +259,6 @@ void complete_collective(Collective operation, uint32_t mask, void* const* data)
   }
 }
 
-// In one warp the leader is always the same lane; which one, nobody promises.
-bool elect_one(const Site& site) {
-  need_sm90("elect_one", site);
-  collective(Collective::kElect, ~0u, nullptr, site);
-  switch (options().schedule) {
-    case Schedule::kForward:
-      return current->lane == 0;
-    case Schedule::kReverse:
-      return current->lane == kWarpSize - 1;
-    default: {
-      const uint64_t hash = (options().seed + current->warp + 1) * 0x9E3779B97F4A7C15u;
-      return current->lane == static_cast<int>(hash >> 59);
-    }
-  }
-}
-
 void collective(Collective operation, unsigned mask, void* lane_data, const Site& site) {
   if (gather(name_of(operation), false, operation, mask, lane_data, site)) {
     complete_collective(operation, mask, block.warps[current->warp].data);

@@ -5,7 +5,6 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <vector>
 
 #include "core/state.h"
 
@@ -25,114 +24,9 @@ namespace {
 
 // Atomics in a row, by all threads together, before a spinning kernel is given up.
 constexpr uint64_t kSpinLimit = 20'000'000;
-constexpr uint32_t kSlowWarpPeriod = 16;
-constexpr uint32_t kSlowerWarpPeriod = 48;
-// Of threads picked, where the slow warp was chosen by number.
-constexpr uint64_t kChosenWarpPeriod = 4096;
-
-struct Pause {
-  int thread;
-  uint64_t until;  // so many threads were picked
-};
-std::vector<Pause> pauses;
 
 Stack host;
 pthread_mutex_t launch_mutex = PTHREAD_MUTEX_INITIALIZER;
-
-uint32_t above(int bit) { return bit == 31 ? 0 : ~0u << (bit + 1); }
-uint32_t below(int bit) { return (1u << bit) - 1; }
-int lowest(uint32_t bits) { return __builtin_ctz(bits); }
-int highest(uint32_t bits) { return 31 - __builtin_clz(bits); }
-
-int nth_bit(uint32_t bits, uint32_t n) {
-  while (n-- > 0) bits &= bits - 1;
-  return lowest(bits);
-}
-
-// The next thread in ascending (descending) order after the one that ran last, all around the
-// block.
-int pick_in_order(uint32_t candidates, bool ascending) {
-  const int warp = block.cursor / kWarpSize;
-  const int lane = block.cursor % kWarpSize;
-  const uint32_t runnable_here = (candidates >> warp & 1) != 0 ? block.warps[warp].runnable : 0;
-  const uint32_t lanes = runnable_here & (ascending ? above(lane) : below(lane));
-  if (lanes != 0) return warp * kWarpSize + (ascending ? lowest(lanes) : highest(lanes));
-  const uint32_t rest = candidates & (ascending ? above(warp) : below(warp));
-  const uint32_t warps = rest != 0 ? rest : candidates;
-  const int next = ascending ? lowest(warps) : highest(warps);
-  const uint32_t runnable = block.warps[next].runnable;
-  return next * kWarpSize + (ascending ? lowest(runnable) : highest(runnable));
-}
-
-uint32_t without(uint32_t warps, int slow_warp) {
-  const uint32_t others = warps & ~(1u << slow_warp);
-  return others != 0 ? others : warps;
-}
-
-// A random lane of a random warp; one warp of the block hardly ever gets its turn, so that the
-// others run as far ahead of it as the barriers let them. Where warps have roles of their own,
-// another one is slower still.
-int pick_at_random(uint32_t warps) {
-  if (block.slow_warp >= 0 && next_random() % kSlowWarpPeriod != 0) {
-    warps = without(warps, block.slow_warp);
-  }
-  if (block.slower_warp >= 0 && next_random() % kSlowerWarpPeriod != 0) {
-    warps = without(warps, block.slower_warp);
-  }
-  const int warp = nth_bit(warps, next_random() % __builtin_popcount(warps));
-  const uint32_t lanes = block.warps[warp].runnable;
-  return warp * kWarpSize + nth_bit(lanes, next_random() % __builtin_popcount(lanes));
-}
-
-void end_pauses(uint64_t until) {
-  for (size_t i = pauses.size(); i-- > 0;) {
-    if (pauses[i].until > until) continue;
-    const Thread& thread = block.threads[pauses[i].thread];
-    wake(thread.warp, 1u << thread.lane);
-    pauses.erase(pauses.begin() + static_cast<std::ptrdiff_t>(i));
-  }
-}
-
-// Whether any thread can run, if need be because a pause ends or a copy lands.
-bool find_work() {
-  ++block.picks;
-  end_pauses(block.picks);
-  if (block.runnable_warps != 0) return true;
-  uint64_t soonest = UINT64_MAX;
-  for (const Pause& pause : pauses) {
-    if (pause.until < soonest) soonest = pause.until;
-  }
-  end_pauses(soonest);
-  while (block.runnable_warps == 0) {
-    if (!land_when_idle()) return false;
-  }
-  return true;
-}
-
-Thread* pick() {
-  try {
-    if (!find_work()) return nullptr;
-  } catch (...) {
-    launch.error = std::current_exception();
-    return nullptr;
-  }
-  uint32_t warps = block.runnable_warps;
-  const int chosen = options().slow_warp;
-  if (chosen >= 0 && block.picks % kChosenWarpPeriod != 0) warps = without(warps, chosen);
-  int id = 0;
-  switch (options().schedule) {
-    case Schedule::kForward:
-      id = pick_in_order(warps, true);
-      break;
-    case Schedule::kReverse:
-      id = pick_in_order(warps, false);
-      break;
-    case Schedule::kRandom:
-      id = pick_at_random(warps);
-      break;
-  }
-  return &block.threads[id];
-}
 
 // While accesses are counted or shared memory has asynchronous readers, all accesses take the path
 // of those that are checked.
@@ -222,10 +116,7 @@ void prepare_block(const uint3& index, uint64_t sequence) {
   block.num_exited = 0;
   block.runnable_warps = 0;
   block.quiet_atomics = 0;
-  block.picks = 0;
   block.is_asynchronous = false;
-  pauses.clear();
-  pauses.reserve(kMaxThreads);
   for (int w = 0; w < block.num_warps; ++w) block.warps[w] = Warp();
   for (Barrier& barrier : block.barriers) barrier = Barrier();
   for (int id = 0; id < block.num_threads; ++id) {
@@ -244,11 +135,7 @@ void prepare_block(const uint3& index, uint64_t sequence) {
     block.runnable_warps |= 1u << thread.warp;
   }
   reset_registers();
-  const bool random =
-      options().schedule == Schedule::kRandom && options().slow_warp == Options::kSlowWarpByChance;
-  block.cursor = options().schedule == Schedule::kReverse ? 0 : block.num_threads - 1;
-  block.slow_warp = random ? static_cast<int>(next_random() % block.num_warps) : -1;
-  block.slower_warp = -1;
+  reset_picking();
 }
 
 void run_block(const uint3& index, uint64_t sequence) {
@@ -323,15 +210,10 @@ void wake(int warp, uint32_t lanes) {
   block.runnable_warps |= 1u << warp;
 }
 
-void pause(int picks, const char* what, const Site& site) {
-  pauses.push_back({current->id, block.picks + picks});
-  wait_for_wake(what, site);
-}
-
 void note_asynchronous() {
   if (block.is_asynchronous) return;
   block.is_asynchronous = true;
-  if (block.slow_warp >= 0) block.slower_warp = static_cast<int>(next_random() % block.num_warps);
+  choose_slower_warp();
   choose_access_path();
 }
 

@@ -69,7 +69,7 @@ struct Thread {
   uint32_t fences = 0;
   unsigned store_commits = 0;
   uint32_t last_address = 0;  // of shared memory that ptx:: was asked for
-  int registers = 0;          // registers.cpp
+  int registers = 0;          // roles.cpp
 };
 
 struct Warp {
@@ -137,6 +137,12 @@ extern Thread* current;  // nullptr on the host
 // Takes the running thread off the processor until wake() names it.
 void wait_for_wake(const char* what, const Site& site);
 void wake(int warp, uint32_t lanes);
+
+// picking.cpp. The next thread to run, made runnable by the end of a pause or the landing of a copy
+// if need be; nullptr: none can, or that failed.
+Thread* pick();
+void reset_picking();
+void choose_slower_warp();
 // Lets others run until so many threads have been picked, or none of them can run.
 void pause(int picks, const char* what, const Site& site);
 // Called by the first use of an mbarrier: from now on every access by ptx:: is looked at.
@@ -201,7 +207,7 @@ void check_not_in_flight(uint32_t address, int bytes, const char* what, const Si
 void check_stores_at_exit(const Thread& thread);
 void check_loads_at_end();
 
-// registers.cpp
+// roles.cpp
 void reset_registers();
 void check_registers_at_end();
 

@@ -1,4 +1,5 @@
-// setmaxnreg: the registers of a block move from warpgroup to warpgroup.
+// What gives warps roles of their own: elect_one, and setmaxnreg, by which registers move from
+// warpgroup to warpgroup.
 #include "core/state.h"
 
 namespace exafuse::emulator {
@@ -10,6 +11,22 @@ constexpr int kMaxRegisters = 256;  // of a thread
 constexpr int kWarpsOfGroup = 4;
 
 }  // namespace
+
+// In one warp the leader is always the same lane; which one, nobody promises.
+bool elect_one(const Site& site) {
+  need_sm90("elect_one", site);
+  collective(Collective::kElect, ~0u, nullptr, site);
+  switch (options().schedule) {
+    case Schedule::kForward:
+      return current->lane == 0;
+    case Schedule::kReverse:
+      return current->lane == kWarpSize - 1;
+    default: {
+      const uint64_t hash = (options().seed + current->warp + 1) * 0x9E3779B97F4A7C15u;
+      return current->lane == static_cast<int>(hash >> 59);
+    }
+  }
+}
 
 void reset_registers() {
   // What a kernel compiled for one block of this size on an SM starts with.
