@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
+#include <vector>
 
 #include "core/state.h"
 
@@ -24,6 +25,7 @@ namespace exafuse::emulator {
 namespace {
 
 constexpr int kMaxFrames = 48;
+constexpr int kMaxLines = 4 * kMaxFrames;
 
 struct Line {
   std::string function;
@@ -55,10 +57,12 @@ std::string read_line(FILE* pipe) {
 
 // Starts addr2line without the sanitizer that may be preloaded into this process; its output comes
 // through `pipe`. Returns its process id, or -1.
-pid_t start_addr2line(const char* module, const std::string& offset, FILE** pipe) {
+pid_t start_addr2line(const char* module, const std::vector<std::string>& offsets, FILE** pipe) {
   int ends[2];
   if (pipe2(ends, O_CLOEXEC) != 0) return -1;
-  const char* arguments[] = {"addr2line", "-C", "-f", "-i", "-e", module, offset.c_str(), nullptr};
+  std::vector<const char*> arguments = {"addr2line", "-C", "-f", "-i", "-e", module};
+  for (const std::string& offset : offsets) arguments.push_back(offset.c_str());
+  arguments.push_back(nullptr);
   const char* path = std::getenv("PATH");
   const std::string path_variable =
       std::string("PATH=") + (path == nullptr ? "/usr/bin:/bin" : path);
@@ -68,8 +72,9 @@ pid_t start_addr2line(const char* module, const std::string& offset, FILE** pipe
   posix_spawn_file_actions_adddup2(&actions, ends[1], 1);
   posix_spawn_file_actions_addopen(&actions, 2, "/dev/null", O_WRONLY, 0);
   pid_t child = -1;
-  const int error = posix_spawnp(&child, arguments[0], &actions, nullptr,
-                                 const_cast<char**>(arguments), const_cast<char**>(environment));
+  const int error =
+      posix_spawnp(&child, arguments[0], &actions, nullptr, const_cast<char**>(arguments.data()),
+                   const_cast<char**>(environment));
   posix_spawn_file_actions_destroy(&actions);
   close(ends[1]);
   if (error != 0) {
@@ -80,17 +85,25 @@ pid_t start_addr2line(const char* module, const std::string& offset, FILE** pipe
   return child;
 }
 
-// The source lines behind one address, innermost inlined function first; at most kMaxFrames.
-int look_up(const void* address, Line* lines) {
-  Dl_info info;
-  if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return 0;
-  const auto offset = static_cast<size_t>(static_cast<const char*>(address) -
-                                          static_cast<const char*>(info.dli_fbase));
+// The source lines behind those of the addresses that lie in the module of the first one, innermost
+// inlined function first; at most kMaxLines.
+int look_up(const void* const* addresses, int num_addresses, Line* lines) {
+  std::string module;
+  std::vector<std::string> offsets;
+  for (int i = 0; i < num_addresses; ++i) {
+    Dl_info info;
+    if (dladdr(addresses[i], &info) == 0 || info.dli_fname == nullptr) continue;
+    if (module.empty()) module = info.dli_fname;
+    if (module != info.dli_fname) continue;
+    offsets.push_back(format("0x%zx", static_cast<size_t>(static_cast<const char*>(addresses[i]) -
+                                                          static_cast<char*>(info.dli_fbase))));
+  }
+  if (offsets.empty()) return 0;
   FILE* pipe = nullptr;
-  const pid_t child = start_addr2line(info.dli_fname, format("0x%zx", offset), &pipe);
+  const pid_t child = start_addr2line(module.c_str(), offsets, &pipe);
   if (child < 0) return 0;
   int count = 0;
-  while (count < kMaxFrames) {
+  while (count < kMaxLines) {
     const std::string function = read_line(pipe);
     const std::string place = read_line(pipe);
     if (place.empty()) break;
@@ -108,15 +121,13 @@ int look_up(const void* address, Line* lines) {
 // The project's own source lines among the frames, innermost first, without the emulator's.
 std::string describe_frames(void* const* frames, int num_frames) {
   std::string text;
-  static Line lines[kMaxFrames];
-  for (int i = 0; i < num_frames; ++i) {
-    const int count = look_up(frames[i], lines);
-    for (int k = 0; k < count; ++k) {
-      if (lines[k].is_emulator) continue;
-      if (lines[k].place[0] == '/') continue;  // the C++ library
-      if (lines[k].place.find("launch.h") != std::string::npos) return text;
-      text += "\n  at " + lines[k].place + " in " + lines[k].function;
-    }
+  static Line lines[kMaxLines];
+  const int count = look_up(frames, num_frames, lines);
+  for (int i = 0; i < count; ++i) {
+    if (lines[i].is_emulator) continue;
+    if (lines[i].place[0] == '/') continue;  // the C++ library
+    if (lines[i].place.find("launch.h") != std::string::npos) return text;
+    text += "\n  at " + lines[i].place + " in " + lines[i].function;
   }
   return text;
 }
@@ -141,8 +152,8 @@ std::string describe(const Site& site) {
 }
 
 std::string kernel_name(const void* kernel) {
-  static Line lines[kMaxFrames];
-  const int count = look_up(kernel, lines);
+  static Line lines[kMaxLines];
+  const int count = look_up(&kernel, 1, lines);
   return count == 0 ? "an unknown kernel" : lines[count - 1].function;
 }
 
