@@ -303,6 +303,16 @@ def test_exact_arithmetic_can_be_chosen(honesty, emulator):
         emulator.set("mma", "single")
 
 
+def test_wgmma_count_as_so_many_m16n8k16(honesty, emulator):
+    rows, depth = 64, 64
+    emulator.clear_launches()
+    with emulator.counting():
+        honesty.run("ok wgmma bf16, a in registers")
+    mma = [counts.mma for counts in emulator.counts()]
+    widths = (64, 96, 128, 160, 176, 192)
+    assert mma == [rows // 16 * (columns // 8) * (depth // 16) for columns in widths]
+
+
 def test_launches_are_recorded(honesty, emulator):
     emulator.clear_launches()
     honesty.run("ok dependent launches")
