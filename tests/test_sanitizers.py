@@ -110,6 +110,21 @@ def test_thread_sanitizer_finds_nothing(schedule):
     add_cases("emulated", sum(wanted.values()))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_thread_sanitizer_finds_nothing_in_attention_on_sm_90(schedule):
+    ops = sorted(op for op in race_ops() if op.startswith("flash_attn"))
+    factor = int(os.environ.get("EXAFUSE_TEST_CASES", "1"))
+    outcome = run_race_cases(
+        *(part for op in ops for part in ("--op", op)),
+        *("--cases", str(CASES_TSAN * factor), "--schedule", schedule, "--gpu", "sm_90_small"),
+    )
+    assert outcome.reports == []
+    assert outcome.returncode == 0, outcome.stderr[-4000:]
+    counts = dict(re.findall(r"^(\w+): (\d+)$", outcome.stdout, re.MULTILINE))
+    assert counts == dict.fromkeys(ops, str(CASES_TSAN_ATTENTION * factor))
+    add_cases("emulated", CASES_TSAN_ATTENTION * factor * len(ops))
+
+
 def test_a_planted_race_fails_the_run():
     outcome = run_race_cases("--cases", "1", "--plant")
     assert outcome.returncode == 66

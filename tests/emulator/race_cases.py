@@ -158,9 +158,12 @@ def main() -> None:
     parser.add_argument("--op", choices=OPS, action="append", help="default: every op")
     parser.add_argument("--cases", type=int, default=24, help="per op")
     parser.add_argument("--schedule", choices=SCHEDULES, default="forward")
+    parser.add_argument("--gpu", default="sm_80", help="the emulated one")
     parser.add_argument("--plant", action="store_true", help="run a kernel with a race as well")
     arguments = parser.parse_args()
-    Emulator(Path(C.__file__)).set("schedule", arguments.schedule)
+    emulator = Emulator(Path(C.__file__))
+    emulator.set("schedule", arguments.schedule)
+    emulator.set("gpu", arguments.gpu)
     for number, (op, run) in enumerate(OPS.items()):
         if arguments.op and op not in arguments.op:
             continue
