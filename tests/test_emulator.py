@@ -288,10 +288,27 @@ def test_emulated_gpu_sets_limits_and_instructions(honesty, emulator):
     try:
         with pytest.raises(RuntimeError, match="stmatrix needs sm_90"):
             honesty.run("stmatrix, which sm_80 lacks")
+        with pytest.raises(RuntimeError, match="mbarrier_init needs sm_90"):
+            honesty.run("ok boxes through two stages")
+        with pytest.raises(RuntimeError, match="elect_one needs sm_90"):
+            honesty.run("bug elect_one in half a warp")
         with pytest.raises(RuntimeError, match="sm_80 offers 166912"):
             honesty.run("bug more shared memory than the GPU has")
     finally:
         emulator.set("gpu", "sm_90")
+
+
+def test_boxes_are_counted_whole_in_shared_memory_and_by_what_lies_inside_in_global(
+    honesty, emulator
+):
+    emulator.clear_launches()
+    with emulator.counting():
+        honesty.run("ok boxes through two stages")
+    (counts,) = emulator.counts()
+    rows, boxes, box_bytes = 5 * 16 + 3, 6, 16 * 128
+    assert counts.global_read == counts.global_written == rows * 128
+    assert counts.shared_written == 2 * boxes * box_bytes  # loaded; stored by threads
+    assert counts.shared_read == boxes * box_bytes + rows * 128  # by threads; to be stored
 
 
 def test_exact_arithmetic_can_be_chosen(honesty, emulator):
@@ -400,6 +417,7 @@ def _functions(path: Path) -> set[str]:
     ("header", "cuda_only"),
     [
         ("ptx.cuh", {"dynamic_smem", "SharedArena"}),
+        ("ptx_sm90.cuh", {"pin"}),
         ("launch.h", {"throw_cuda_error", "check_cuda", "allow_shared_memory"}),
     ],
 )

@@ -66,12 +66,14 @@ void note_async_write(uint32_t address, int bytes) { write(address, bytes, 0); }
 const void* shared_load(uint32_t address, int bytes, const Site& site) {
   const void* memory = shared_pointer(address, bytes, site);
   check_not_in_flight(address, bytes, "a load", site);
+  if (options().count) counts().shared_read += bytes;
   return memory;
 }
 
 void* shared_store(uint32_t address, int bytes, const Site& site) {
   void* memory = shared_pointer(address, bytes, site);
   check_not_in_flight(address, bytes, "a store", site);
+  if (options().count) counts().shared_written += bytes;
   note_store(address, bytes, *current);
   return memory;
 }

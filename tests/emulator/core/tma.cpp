@@ -173,10 +173,7 @@ void start_store(const Box& box, const Site& site) {
   }
   if (stores.size() == kMaxInFlight) fail("more than 1024 TMA stores unread", site);
   stores.push_back({box, tick(), current->id, current->store_commits, site});
-  if (options().count) {
-    counts().global_written += box.inside_bytes();
-    counts().shared_read += bytes_of(box);
-  }
+  if (options().count) counts().global_written += box.inside_bytes();  // the rest when it is read
 }
 
 void commit_stores() { ++current->store_commits; }
