@@ -122,6 +122,7 @@ OVERTAKEN = {
 }
 SLOW_WARP = {
     "bug one warp releases for all": "the thread was overrun",
+    "bug one lane releases for a warp": "the thread was overrun",
     "bug hopper release by one warp of four": "operand b of the wgmma.*overwritten while in flight",
 }
 

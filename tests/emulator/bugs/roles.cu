@@ -64,7 +64,7 @@ struct Handover {
   }
 };
 
-enum class Reader : uint8_t { kRight, kDoesNotWait, kReleasesForAll };
+enum class Reader : uint8_t { kRight, kDoesNotWait, kReleasesForAll, kLaneReleases };
 
 // Warp 0 writes, the others sum what they read. Lane 0 of each warp releases it, or of one alone.
 template <Reader kReader>
@@ -90,9 +90,10 @@ __global__ void handover_kernel(const __grid_constant__ InOut p) {
     }
     if (kReader != Reader::kDoesNotWait) ptx::mbarrier_wait(full, i % 2);
     sum += shared.values[31 - tid % 32];
-    ptx::sync_warp();
+    if (kReader != Reader::kLaneReleases) ptx::sync_warp();
     const bool releases = kReader != Reader::kReleasesForAll || tid < 64;
-    if (tid % 32 == 0 && releases) ptx::mbarrier_arrive(empty);
+    const int lane = kReader == Reader::kLaneReleases && i % 2 == 1 ? 31 : 0;
+    if (tid % 32 == lane && releases) ptx::mbarrier_arrive(empty);
   }
   p.out[tid] = sum;
 }
@@ -112,6 +113,7 @@ void handover() {
 const Register h1("ok values handed over by mbarriers", handover<Reader::kRight>);
 const Register h2("bug values read without waiting", handover<Reader::kDoesNotWait>);
 const Register h3("bug one warp releases for all", handover<Reader::kReleasesForAll>);
+const Register h4("bug one lane releases for a warp", handover<Reader::kLaneReleases>);
 
 }  // namespace
 }  // namespace honesty
