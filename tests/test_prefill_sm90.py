@@ -23,9 +23,51 @@ from prefill_calls import (
     random_call,
     random_packed_call,
 )
+from test_attention_invariance import (
+    test_chunks_of_a_prefill_give_the_same_bits,
+    test_every_kind_of_cache_gives_the_same_bits,
+    test_prefill_does_not_depend_on_the_batch,
+)
+from test_attention_needles import test_needles_at_the_edges_of_windows
+from test_attention_visible import (
+    test_many_queries_over_a_cache,
+    test_packed_sequences,
+    test_sequences_of_equal_lengths,
+)
+from test_flash_attn import (
+    test_all_that_no_query_sees_may_be_anything,
+    test_extreme_scores,
+    test_more_blocks_than_a_short_grid_has,
+    test_nothing_to_see,
+    test_offsets_out_of_range_stay_inside,
+    test_reads_no_byte_past_the_end,
+    test_rows_far_apart,
+    test_scores_that_are_not_finite,
+    test_what_is_not_finite_stays_with_the_rows_that_see_it,
+    test_writes_far_apart,
+)
+from test_vision_attn import test_random_frames
 
-# The tests above are collected here again, with the fixtures of this file.
-__all__ = [name for name in dir() if name.startswith("test_")]
+__all__ = [  # tests that are collected here once more, with the fixtures of this file
+    "test_all_that_no_query_sees_may_be_anything",
+    "test_chunks_of_a_prefill_give_the_same_bits",
+    "test_every_kind_of_cache_gives_the_same_bits",
+    "test_extreme_scores",
+    "test_many_queries_over_a_cache",
+    "test_more_blocks_than_a_short_grid_has",
+    "test_needles_at_the_edges_of_windows",
+    "test_nothing_to_see",
+    "test_offsets_out_of_range_stay_inside",
+    "test_packed_sequences",
+    "test_prefill_does_not_depend_on_the_batch",
+    "test_random_frames",
+    "test_reads_no_byte_past_the_end",
+    "test_rows_far_apart",
+    "test_scores_that_are_not_finite",
+    "test_sequences_of_equal_lengths",
+    "test_what_is_not_finite_stays_with_the_rows_that_see_it",
+    "test_writes_far_apart",
+]
 
 KERNEL = "prefill_sm90_kernel"
 
@@ -140,6 +182,7 @@ def test_random_calls_for_sanitizers(backend: Backend, emulator: Emulator) -> No
 # --- which kernel serves ------------------------------------------------------------------------
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(
     ("change", "kernel"),
     [
@@ -170,6 +213,7 @@ def test_the_layout_chooses(
     assert took(emulator, kernel) == len(emulator.launches()) == 1
 
 
+@pytest.mark.sanitized
 def test_a_variable_chooses(
     emulator: Emulator, emulated: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,7 +164,7 @@ class Workshop:
         changed = {str(CSRC / "kernels" / f"{kernel}.cu") for kernel in kernels}
         for command in commands:
             output = Path(command["directory"]) / command["output"]
-            if "_honesty" in command["output"]:
+            if "_honesty" in command["output"] or "_hopper_probes" in command["output"]:
                 continue
             if command["file"] not in changed:
                 objects.append(str(output))
