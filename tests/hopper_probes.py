@@ -161,6 +161,7 @@ BOXES = (
     BoxCase("rows before the start", (2, 100, 2, 64), 64, (0, -5, 0, 1)),
     BoxCase("all rows outside", (1, 40, 1, 64), 64, (0, 64, 0, 0)),
     BoxCase("columns behind the end", (1, 70, 2, 80), 64, (64, 3, 1, 0)),
+    BoxCase("one row", (1, 1, 1, 64), 64, (0, 0, 0, 0)),
     BoxCase("strides with gaps", (2, 96, 4, 64), 96, (0, 0, 3, 1), "bf16", 72),
 )
 

@@ -240,6 +240,21 @@ def test_a_variable_chooses(
     emulator.set("gpu", "sm_90_small")
 
 
+@pytest.mark.sanitized
+@pytest.mark.parametrize("kind", ["ring", "paged"])
+def test_rings_and_pages_take_no_other_tile(
+    kind: str, emulated: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tile of 192 keys would run past the end of a page."""
+    monkeypatch.setenv("EXAFUSE_ATTENTION", "sm90:128x192")
+    choose = random.Random("forced")
+    call = random_cache_call(choose, kind, "forced")
+    while call.q.shape[-1] > 64:
+        call = random_cache_call(choose, kind, "forced")
+    with pytest.raises(ValueError, match="rings and pages take tiles of 128 keys, got 192"):
+        call.run(emulated)
+
+
 # --- every tile ---------------------------------------------------------------------------------
 
 

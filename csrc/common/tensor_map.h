@@ -39,9 +39,9 @@ inline TensorMap make_tensor_map(const TensorMapSpec& spec) {
     }
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
   }();
-  const auto bytes = [](int64_t size, int64_t stride) {
+  const auto bytes = [&](int64_t size, int64_t stride) {
     // The stride of a dimension of one element is never used, and still checked.
-    return static_cast<cuuint64_t>(size > 1 ? 2 * stride : 16);
+    return static_cast<cuuint64_t>(2 * (size > 1 ? stride : spec.columns));
   };
   const cuuint64_t sizes[] = {
       static_cast<cuuint64_t>(spec.columns), static_cast<cuuint64_t>(spec.rows),

@@ -25,7 +25,7 @@ struct TensorMapSpec {
   int box_rows = 0;
 };
 
-// Whether a tensor map can say it: addresses in steps of 16 bytes, no element twice.
+// Whether a tensor map can say it: addresses in steps of 16 bytes, no stride of zero.
 constexpr bool fits_tensor_map(const TensorMapSpec& spec) {
   constexpr int64_t kMaxSize = int64_t{1} << 32;
   constexpr int64_t kMaxStride = int64_t{1} << 39;  // elements

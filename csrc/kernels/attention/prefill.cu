@@ -57,6 +57,11 @@ void launch_prefill(const AttentionParams& params, bool cached, Stream stream) {
   }
   const PrefillTile tile =
       forced.tile.queries != 0 ? forced.tile : prefill_tile_sm90(params, cached);
+  if ((params.ring || params.block_table != nullptr) && tile.keys != kKeyTile) {
+    throw std::invalid_argument("EXAFUSE_ATTENTION: rings and pages take tiles of " +
+                                std::to_string(kKeyTile) + " keys, got " +
+                                std::to_string(tile.keys));
+  }
   launch_prefill_sm90(params, tile, stream);
 }
 

@@ -73,16 +73,14 @@ struct Prefill {
 
   __device__ __forceinline__ void load_keys(const TensorMap& map, const uint64_t* full,
                                             const uint64_t* empty, uint32_t tiles, uint32_t item,
-                                            const Work& work, int tile) const {
+                                            const KeyPlace& place, int kv_head) const {
     const int stage = stage_of(item);
     ptx::mbarrier_wait(at(empty, stage), parity_of(item) ^ 1);
     ptx::mbarrier_arrive_expect_tx(at(full, stage), KeyPanels::kBytes);
-    const KeyPlace place = place_of(work.sequence, tile * kKeys);
 #pragma unroll
     for (int panel = 0; panel < KeyPanels::kCount; ++panel) {
       ptx::tma_load(tiles + stage * KeyPanels::kBytes + panel * KeyPanels::kPanelBytes, map,
-                    at(full, stage), panel * kBoxColumns, place.slot,
-                    work.head / p.call.gqa_group_size, place.row);
+                    at(full, stage), panel * kBoxColumns, place.slot, kv_head, place.row);
     }
   }
 
@@ -104,20 +102,24 @@ struct Prefill {
     const uint32_t v = ptx::smem_addr(shared.v);
     uint32_t item = 0;
     uint32_t uses = 0;
-    for (unsigned number = blockIdx.x; number < p.num_tiles; number += gridDim.x) {
-      const Work work(p, number);
+    for (TileNumbers numbers; numbers.current() < p.num_tiles; numbers.advance()) {
+      const Work work(p, numbers.current());
       if (work.num_queries <= 0) continue;
       const TileRange active = work.active();
       if (active.empty()) continue;
-      load_keys(p.k, shared.full_k, shared.empty_k, k, item, work, active.end - 1);
+      const int kv_head = work.head / p.call.gqa_group_size;
+      KeyPlace place = place_of(work.sequence, (active.end - 1) * kKeys);
+      load_keys(p.k, shared.full_k, shared.empty_k, k, item, place, kv_head);
       load_queries(work, uses++);
 #pragma unroll 1
       for (int tile = active.end - 2; tile >= active.begin; --tile) {
-        load_keys(p.k, shared.full_k, shared.empty_k, k, item + 1, work, tile);
-        load_keys(p.v, shared.full_v, shared.empty_v, v, item, work, tile + 1);
+        const KeyPlace next = place_of(work.sequence, tile * kKeys);
+        load_keys(p.k, shared.full_k, shared.empty_k, k, item + 1, next, kv_head);
+        load_keys(p.v, shared.full_v, shared.empty_v, v, item, place, kv_head);
+        place = next;
         ++item;
       }
-      load_keys(p.v, shared.full_v, shared.empty_v, v, item, work, active.begin);
+      load_keys(p.v, shared.full_v, shared.empty_v, v, item, place, kv_head);
       ++item;
     }
   }
@@ -136,24 +138,36 @@ struct Prefill {
   }
 
   // This thread's share of a tile of v whose rows from seen.begin to before seen.end are seen.
-  // Whether one of those held a NaN or an infinity.
+  // Whether one of those held a NaN or an infinity. Loads go four at a time: consumers wait.
   __device__ __forceinline__ static bool clean_tile(uint32_t tile, KeyRange seen) {
     constexpr int kThreads = kCleanerWarps * ptx::kWarpSize;
+    constexpr int kChunks = KeyPanels::kBytes / 16;
+    constexpr int kAtOnce = 4;
     bool found = false;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x) - ptx::kWarpSize; i < KeyPanels::kBytes / 16;
-         i += kThreads) {
-      uint4 word{};
-      bool changed = true;
-      if (seen.contains(i / 8 % kKeys)) {
-        word = ptx::ld_shared(tile + 16 * i);
+    for (int first = static_cast<int>(threadIdx.x) - ptx::kWarpSize; first < kChunks;
+         first += kAtOnce * kThreads) {
+      uint4 words[kAtOnce];
+      bool is_seen[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int chunk = first + i * kThreads;
+        is_seen[i] = seen.contains(static_cast<int>(static_cast<unsigned>(chunk) / 8 % kKeys));
+        words[i] = uint4{};
+        if (chunk < kChunks && is_seen[i]) words[i] = ptx::ld_shared(tile + 16 * chunk);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int chunk = first + i * kThreads;
+        uint4& word = words[i];
         const uint4 bad{non_finite(word.x), non_finite(word.y), non_finite(word.z),
                         non_finite(word.w)};
-        changed = (bad.x | bad.y | bad.z | bad.w) != 0;
-        found = found || changed;
+        const bool any = (bad.x | bad.y | bad.z | bad.w) != 0;
+        found = found || any;
+        if (chunk >= kChunks || (is_seen[i] && !any)) continue;
         word = uint4{word.x & ~bad.x, word.y & ~bad.y, word.z & ~bad.z, word.w & ~bad.w};
+        ptx::st_shared(tile + 16 * chunk, word);
       }
-      if (changed) ptx::st_shared(tile + 16 * i, word);
     }
     return found;
   }
@@ -162,8 +176,8 @@ struct Prefill {
     const int lane = Queries::lane();
     const int cleaner = static_cast<int>(threadIdx.x) / ptx::kWarpSize - 1;
     uint32_t item = 0;
-    for (unsigned number = blockIdx.x; number < p.num_tiles; number += gridDim.x) {
-      const Work work(p, number);
+    for (TileNumbers numbers; numbers.current() < p.num_tiles; numbers.advance()) {
+      const Work work(p, numbers.current());
       if (work.num_queries <= 0) continue;
       const TileRange active = work.active();
       const TileRange whole = work.whole();
@@ -184,6 +198,8 @@ struct Prefill {
             ptx::mbarrier_arrive(at(shared.clean_v, stage));
           }
         }
+        // No lane is still at the wait when the next phase may begin.
+        ptx::sync_warp();
         if (lane == 0) ptx::mbarrier_arrive(at(shared.empty_v, stage));
       }
     }
@@ -239,8 +255,8 @@ struct Prefill {
     for (int tile = active.begin; tile < active.end; ++tile) {
       if (whole.contains(tile)) continue;
 #pragma unroll 1
-      for (int position = tile * kKeys; position < (tile + 1) * kKeys; ++position) {
-        if (!work.seen().contains(position)) continue;
+      for (int i = 0; i < kKeys && i < work.seen().end - tile * kKeys; ++i) {
+        const int position = tile * kKeys + i;
         const bool seen[] = {sees(Queries::row(0), position), sees(Queries::row(1), position)};
         const T* const v = static_cast<const T*>(p.call.v) +
                            work.sequence.key_offset(p.call.v_strides, position, kv_head);
@@ -330,8 +346,8 @@ struct Prefill {
     uint32_t clean_parities = 0;  // one bit a stage
     if (consumer == kConsumers - 1) pass_turn(consumer);
 
-    for (unsigned number = blockIdx.x; number < p.num_tiles; number += gridDim.x) {
-      const Work work(p, number);
+    for (TileNumbers numbers; numbers.current() < p.num_tiles; numbers.advance()) {
+      const Work work(p, numbers.current());
       if (work.num_queries <= 0) continue;
       const TileRange active = work.active();
       if (active.empty()) {
@@ -417,9 +433,11 @@ template <class T, int kCols, int kQueries, int kKeys>
 __global__ void __launch_bounds__(PrefillSm90Shared<T, kCols, kQueries, kKeys>::kThreads, 1)
     prefill_sm90_kernel(const __grid_constant__ PrefillSm90Params p) {
   using Shared = PrefillSm90Shared<T, kCols, kQueries, kKeys>;
-  // Of the 512 that four warpgroups have between them, a multiple of 8 each.
   constexpr int kProducerRegisters = Shared::kConsumers == 2 ? 40 : 32;
   constexpr int kConsumerRegisters = Shared::kConsumers == 2 ? 232 : 160;
+  // What the threads start with is all that goes around.
+  static_assert(kProducerRegisters + Shared::kConsumers * kConsumerRegisters <=
+                65536 / Shared::kThreads / 8 * 8 * (1 + Shared::kConsumers));
   SharedArena arena;
   const Shared shared = Shared::take_from(arena);
   if (threadIdx.x == 0) shared.init_barriers();

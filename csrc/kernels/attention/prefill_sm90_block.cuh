@@ -89,6 +89,21 @@ __device__ __forceinline__ int stage_of(uint32_t item) {
 }
 __device__ __forceinline__ uint32_t parity_of(uint32_t item) { return item / kPrefillStages & 1; }
 
+// Which tiles of queries a block takes: one of each row of gridDim.x, from left to right and from
+// right to left by turns, so that who gets the longest of one row gets the shortest of the next.
+class TileNumbers {
+ public:
+  __device__ __forceinline__ unsigned current() const { return number_; }
+  __device__ __forceinline__ void advance() {
+    number_ += leftwards_ ? 2 * blockIdx.x + 1 : 2 * (gridDim.x - blockIdx.x) - 1;
+    leftwards_ = !leftwards_;
+  }
+
+ private:
+  unsigned number_ = blockIdx.x;
+  bool leftwards_ = false;
+};
+
 // One tile of queries of one head of a sequence. The head comes first, so that the query heads of
 // one kv head run side by side and share its keys in the L2 cache; then the sequence; then the tile
 // of queries, the last, which sees the most keys under a causal mask, before the others.
@@ -106,9 +121,9 @@ class QueryTileWork {
         sequence(p.call, index),
         num_queries(sequence.seqlen_q() - first_query) {}
 
-  // What the queries of the tile from row `from` to before row `to` see.
-  __device__ __forceinline__ KeyRange first_sees(int from) const {
-    return sequence.visible(first_query + last_row(from));
+  // What the query in a row of the tile sees.
+  __device__ __forceinline__ KeyRange sees(int row) const {
+    return sequence.visible(first_query + last_row(row));
   }
 
   // The row of q and out, counted from the first of the sequence or of all packed ones.
@@ -116,14 +131,15 @@ class QueryTileWork {
     return static_cast<int>(sequence.query_offset({.row = 1}, first_query + row, 0));
   }
 
+  // Tiles of keys of the rows from `from` to before `to`: some of them, and each of them, sees.
   __device__ __forceinline__ TileRange active(int from = 0, int to = kQueries) const {
-    return tiles_of_any<kKeys>(first_sees(from), first_sees(to - 1));
+    return tiles_of_any<kKeys>(sees(from), sees(to - 1));
   }
   __device__ __forceinline__ TileRange whole(int from = 0, int to = kQueries) const {
-    return tiles_of_all<kKeys>(first_sees(from), first_sees(to - 1));
+    return tiles_of_all<kKeys>(sees(from), sees(to - 1));
   }
   __device__ __forceinline__ KeyRange seen() const {
-    return {first_sees(0).begin, first_sees(kQueries - 1).end};
+    return {sees(0).begin, sees(kQueries - 1).end};
   }
 
   int head;

@@ -169,7 +169,9 @@ class WarpgroupQueries {
   }
 
   // Adds the NaN and infinities of one key's values to the rows that see it: multiply_values found
-  // zeros in their place. `value(column)` and `score(row)` read what they name.
+  // zeros in their place. `value(column)` and `score(row)` read what they name. Weights are
+  // measured from the final maximum, those of whole tiles from the largest so far: where one of the
+  // two rounds to zero, infinity becomes NaN in one kind of tile and not in the other.
   template <class Value, class Score>
   __device__ __forceinline__ void add_non_finite(const bool (&sees)[kRows], float scale_log2,
                                                  Value value, Score score) {

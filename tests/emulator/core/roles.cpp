@@ -32,7 +32,7 @@ void reset_registers() {
   // What a kernel compiled for one block of this size on an SM starts with.
   const int all = kRegistersOfBlock / (block.num_warps * kWarpSize) / 8 * 8;
   const int each = all < kMaxRegisters ? all : kMaxRegisters;
-  block.free_registers = kRegistersOfBlock - each * block.num_warps * kWarpSize;
+  block.free_registers = 0;  // what goes around is what the threads started with, no more
   for (int id = 0; id < block.num_threads; ++id) block.threads[id].registers = each;
   for (uint32_t& lanes : block.waiting_for_registers) lanes = 0;
 }
