@@ -145,10 +145,9 @@ def findings(variant: Variant, listing: Listing) -> list[str]:
     expect("setmaxnreg", 2, len(listing.registers))
     if len(listing.registers) == 2:
         producer, consumer = sorted(listing.registers)
-        if producer + variant.consumers * consumer > variant.all_registers:
-            found.append(
-                f"registers: {producer} + {variant.consumers} x {consumer} > {variant.all_registers}"
-            )
+        limit = variant.all_registers
+        if producer + variant.consumers * consumer > limit:
+            found.append(f"registers: {producer} + {variant.consumers} x {consumer} > {limit}")
         if listing.highest_register >= consumer:
             found.append(f"registers: R{listing.highest_register} is used, {consumer} are there")
     expect("local memory (STL, LDL)", 0, listing.count("STL") + listing.count("LDL"))
