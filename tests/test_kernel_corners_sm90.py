@@ -80,6 +80,9 @@ def test_what_is_not_finite(emulated: Backend) -> None:
 
 def test_a_slow_warp(emulated: Backend, emulator: Emulator) -> None:
     call = PrefillCall(*tensors(260, 500, 2, 1, 64, BF16), (-1, -1))
-    for seed in range(4):
-        with emulator.schedule("random", seed=seed):
-            call.check(emulated, f"seed {seed}")
+    expected = call.run(emulated)
+    for slow_warp in (0, 1, 2, 5, 9):
+        for schedule in ("forward", "random"):
+            with emulator.schedule(schedule, seed=slow_warp, slow_warp=slow_warp):
+                for ours, theirs in zip(call.run(emulated), expected, strict=True):
+                    assert torch.equal(ours, theirs), (schedule, slow_warp)
