@@ -78,6 +78,15 @@ def test_what_is_not_finite(emulated: Backend) -> None:
     assert torch.equal(ours.isinf(), theirs.isinf())
 
 
+def test_what_is_not_finite_in_one_tile_of_many(emulated: Backend) -> None:
+    """Blocks that have seen other tiles, with and without, before: what they noted is past."""
+    q, k, v = tensors(300, 300, 12, 12, 64, BF16)
+    for head, token in enumerate((5, 290, 130, 200, 270, 60), start=4):
+        v[0, token, head, 7] = float("nan")
+    for window in ((200, 0), (-1, 0)):
+        PrefillCall(q, k, v, window).check(emulated, f"window {window}")
+
+
 def test_a_slow_warp(emulated: Backend, emulator: Emulator) -> None:
     call = PrefillCall(*tensors(260, 500, 2, 1, 64, BF16), (-1, -1))
     expected = call.run(emulated)
