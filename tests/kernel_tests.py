@@ -24,6 +24,7 @@ _LISTED = (
     ("attention/append*", _DECODE),
     ("attention/*kvcache", _DECODE),
     ("attention/prefill_sm90", ("test_prefill_sm90.py",)),
+    ("attention/prefill", ("test_prefill_sm90.py", *_PREFILL)),
     ("attention/*", _PREFILL),
     ("sum_partials", ("test_rms_norm_backward.py",)),
 )

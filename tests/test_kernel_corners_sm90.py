@@ -90,8 +90,9 @@ def test_what_is_not_finite_in_one_tile_of_many(emulated: Backend) -> None:
 def test_a_slow_warp(emulated: Backend, emulator: Emulator) -> None:
     call = PrefillCall(*tensors(260, 500, 2, 1, 64, BF16), (-1, -1))
     expected = call.run(emulated)
-    for slow_warp in (0, 1, 2, 5, 9):
-        for schedule in ("forward", "random"):
-            with emulator.schedule(schedule, seed=slow_warp, slow_warp=slow_warp):
-                for ours, theirs in zip(call.run(emulated), expected, strict=True):
-                    assert torch.equal(ours, theirs), (schedule, slow_warp)
+    schedules = [("random", warp, "latest", warp) for warp in range(12)]
+    schedules += [(o, 1, "early", warp) for warp in range(12) for o in ("forward", "reverse")]
+    for order, seed, landing, warp in schedules:
+        with emulator.schedule(order, seed=seed, landing=landing, slow_warp=warp):
+            for ours, theirs in zip(call.run(emulated), expected, strict=True):
+                assert torch.equal(ours, theirs), (order, seed, landing, warp)
