@@ -110,6 +110,13 @@ def planted(folder: Path, *edits: tuple[str, str]) -> Compiled:
     """One variant of the source after edits, each of a text that it holds once."""
     text = SOURCE.read_text(encoding="utf-8")
     text = text[: text.index(HOST_PART)]
+    for role in ("producer", "consumer"):  # their headers in place of their names
+        header = SOURCE.with_name(f"prefill_sm90_{role}.cuh")
+        inclusion = f'#include "kernels/attention/{header.name}"\n'
+        assert inclusion in text
+        text = text.replace(
+            inclusion, header.read_text(encoding="utf-8").replace("#pragma once", "")
+        )
     for old, new in edits:
         assert text.count(old) == 1, f"the source has changed: {text.count(old)} of {old!r}"
         text = text.replace(old, new)

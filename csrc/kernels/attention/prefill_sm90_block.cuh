@@ -66,6 +66,13 @@ struct PrefillSm90Shared {
             arena.template take<int, kPrefillStages * kCleanerWarps>()};
   }
 
+  __device__ __forceinline__ uint32_t k_tile(int stage) const {
+    return ptx::smem_addr(k) + stage * KeyPanels::kBytes;
+  }
+  __device__ __forceinline__ uint32_t v_tile(int stage) const {
+    return ptx::smem_addr(v) + stage * KeyPanels::kBytes;
+  }
+
   // By one thread, before any other uses them.
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kConsumerWarps = 4 * kConsumers;
@@ -82,6 +89,10 @@ struct PrefillSm90Shared {
     ptx::fence_mbarrier_init();
   }
 };
+
+__device__ __forceinline__ uint32_t barrier_at(const uint64_t* barriers, int stage = 0) {
+  return ptx::smem_addr(barriers) + 8 * stage;
+}
 
 // Where number `item` of a ring lies, and the parity of the phase that fills it.
 __device__ __forceinline__ int stage_of(uint32_t item) {
