@@ -96,7 +96,7 @@ def test_the_extension_holds_the_same_code() -> None:
 
 WAIT_WITH_BRANCH = """\
         if (tile > active.begin) {
-          ptx::mbarrier_wait(at(shared.full_k, stage_of(item + 1)), parity_of(item + 1));
+          ptx::mbarrier_wait(barrier_at(shared.full_k, stage_of(item + 1)), parity_of(item + 1));
         }
         queries.wait_for_out();
 """
