@@ -1,12 +1,12 @@
 // Everything of CUDA that plain C++ lacks, as small wrappers named after the instruction. All
-// inline PTX of the project lives here and nowhere else. tests/emulator has a file of the same name
-// with the same signatures that runs on a CPU, so a wrapper's contract is what its comment says,
-// not what the hardware happens to do: approximate functions may be off by their documented error,
-// collectives need every lane of their mask, an asynchronous copy lands no earlier than its wait.
+// inline PTX of the project lives here and, for sm_90a alone, in ptx_sm90.cuh and ptx_wgmma.cuh.
+// tests/emulator has a file of the same name with the same signatures that runs on a CPU, so a
+// wrapper's contract is what its comment says, not what the hardware happens to do: approximate
+// functions may be off by their documented error, collectives need every lane of their mask, an
+// asynchronous copy lands no earlier than its wait.
 //
 // Bands: shared memory, barriers, warp collectives, atomics, memory access, arithmetic, matrix
-// fragments, asynchronous copies, dependent launch. Instructions of sm_90a (mbarrier, TMA, wgmma)
-// get a band of their own at the end when a kernel needs them.
+// fragments, asynchronous copies, dependent launch.
 #pragma once
 
 #include <cuda_bf16.h>
