@@ -62,34 +62,34 @@ __global__ void __launch_bounds__(PrefillSm90Shared<T, kCols, kQueries, kKeys>::
 
 // --- host ---------------------------------------------------------------------------------------
 
-TensorMapSpec map_of_queries(const AttentionParams& params, const void* data,
-                             const AttentionStrides& strides, int box_rows) {
-  const bool packed = params.cu_seqlens_q != nullptr;
+TensorMapSpec map_of(const AttentionParams& params, const void* data,
+                     const AttentionStrides& strides, int64_t rows, int heads, int batch,
+                     int box_rows) {
   return {.data = const_cast<void*>(data),
           .dtype = params.dtype,
           .columns = params.head_dim,
-          .rows = packed ? params.total_q : params.seqlen_q,
-          .heads = params.num_heads,
-          .batch = packed ? 1 : params.batch,
+          .rows = rows,
+          .heads = heads,
+          .batch = batch,
           .row_stride = strides.row,
           .head_stride = strides.head,
           .batch_stride = strides.batch,
           .box_rows = box_rows};
 }
 
+// Packed sequences are one long one to the copy engine.
+TensorMapSpec map_of_queries(const AttentionParams& params, const void* data,
+                             const AttentionStrides& strides, int box_rows) {
+  const bool packed = params.cu_seqlens_q != nullptr;
+  return map_of(params, data, strides, packed ? params.total_q : params.seqlen_q, params.num_heads,
+                packed ? 1 : params.batch, box_rows);
+}
+
 TensorMapSpec map_of_keys(const AttentionParams& params, const void* data,
                           const AttentionStrides& strides, int box_rows) {
   const bool packed = params.cu_seqlens_k != nullptr;
-  return {.data = const_cast<void*>(data),
-          .dtype = params.dtype,
-          .columns = params.head_dim,
-          .rows = packed ? params.total_k : params.slots,
-          .heads = params.num_kv_heads,
-          .batch = packed ? 1 : params.key_rows,
-          .row_stride = strides.row,
-          .head_stride = strides.head,
-          .batch_stride = strides.batch,
-          .box_rows = box_rows};
+  return map_of(params, data, strides, packed ? params.total_k : params.slots, params.num_kv_heads,
+                packed ? 1 : params.key_rows, box_rows);
 }
 
 template <class T, int kCols, int kQueries, int kKeys>
