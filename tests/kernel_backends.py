@@ -71,13 +71,13 @@ def _gpu() -> Backend:
 _MAKERS: dict[str, Callable[[], Backend]] = {"emulated": _emulated, "gpu": _gpu}
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param("emulated", marks=pytest.mark.emulated),
-        pytest.param("gpu", marks=pytest.mark.gpu),
-    ],
-)
+PARAMS = [
+    pytest.param("emulated", marks=pytest.mark.emulated),
+    pytest.param("gpu", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def backend(request: pytest.FixtureRequest) -> Backend:
     return _MAKERS[request.param]()
 

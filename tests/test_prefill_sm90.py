@@ -82,13 +82,7 @@ def emulator() -> Iterator[Emulator]:
     control.set("gpu", "sm_80")
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param("emulated", marks=pytest.mark.emulated),
-        pytest.param("gpu", marks=pytest.mark.gpu),
-    ],
-)
+@pytest.fixture(scope="module", params=kernel_backends.PARAMS)
 def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "gpu":
         if torch.cuda.get_device_capability() != (9, 0):
